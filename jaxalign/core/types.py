@@ -1,0 +1,68 @@
+"""The vocabulary shared by every layer: arrays, models, weighted means, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+PyTree = Any
+Params = dict[str, Any]
+
+
+class Model(NamedTuple):
+    """A network as two pure functions; no caller needs to know which library made it.
+
+    init: `key -> params`, a nested dict of arrays.
+    apply: `(params, *inputs) -> outputs`.
+    """
+
+    init: Callable[[Array], Params]
+    apply: Callable[..., Any]
+
+
+class Mean(NamedTuple):
+    """A mean kept as its two sums, so that masks, micro-batches and devices add up exactly.
+
+    total: `[] f32`, the weighted sum of the items.
+    weight: `[] f32`, the sum of their weights.
+    """
+
+    total: Array
+    weight: Array
+
+    def __add__(self, other: Mean) -> Mean:  # ty: ignore[invalid-method-override]
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def value(self) -> Array:
+        """total / weight, and zero (with a zero gradient) where nothing carries weight."""
+        safe = jnp.where(self.weight == 0, 1.0, self.weight)
+        return jnp.where(self.weight == 0, 0.0, self.total / safe)
+
+
+class Max(NamedTuple):
+    """A metric whose parts combine by their maximum. top: `[] f32`."""
+
+    top: Array
+
+    def __add__(self, other: Max) -> Max:  # ty: ignore[invalid-method-override]
+        return Max(jnp.maximum(self.top, other.top))
+
+    def value(self) -> Array:
+        return self.top
+
+
+# An objective returns the weighted sum of its items; only the train step divides.
+# Its metrics are parts too (Mean or Max), which add up over micro-batches.
+Objective = Callable[[Params, PyTree, Array], tuple[Mean, dict[str, Mean | Max]]]
+
+
+class UserError(Exception):
+    """Something the user can mend. One line: the value, the rule, the fix; shown without traceback."""
+
+
+class NonFinite(UserError):
+    """A loss, metric or reward stopped being finite."""

@@ -1,0 +1,160 @@
+"""Advantages of sampled trees, the clipped surrogate, and the per-prompt history they lean on.
+
+An estimator turns rewards `[G, K]` (K branches of each of G groups) into `Credit`: an advantage for every
+row of the tree and whether that row is trained on at all. All of them share one rollout.
+
+Sources: B2-DiffuRL's released selection (`official`); leave-one-out baselines, Kool et al. 2019;
+GRPO, Shao et al. 2024; the clipped surrogate, Schulman et al. 2017, eq. 7.
+
+Dimensions: G groups, K branches a group, W rows of the tree a group, P prompts, S stages remembered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.core.types import Array
+
+TINY = 1e-8
+
+
+class Credit(NamedTuple):
+    """advantage: `[G, W] f32`. keep: `[G, W] bool`, whether the row enters the loss."""
+
+    advantage: Array
+    keep: Array
+
+
+class Moments(NamedTuple):
+    """Count, mean and summed squared deviation of a set of scores; sets merge exactly (Chan et al. 1983)."""
+
+    count: Array
+    mean: Array
+    deviation: Array
+
+    def std(self) -> Array:
+        """Sample standard deviation (ddof 1); zero for fewer than two scores."""
+        return jnp.sqrt(self.deviation / jnp.maximum(self.count - 1, 1))
+
+
+def moments_by(index: Array, values: Array, size: int) -> Moments:
+    """Moments `[size]` of values `[N]` grouped by index `[N] i32`."""
+    count = jnp.zeros(size).at[index].add(1.0)
+    mean = jnp.zeros(size).at[index].add(values) / jnp.maximum(count, 1)
+    deviation = jnp.zeros(size).at[index].add((values - mean[index]) ** 2)
+    return Moments(count, mean, deviation)
+
+
+def pool(moments: Moments) -> Moments:
+    """Merges sets along the leading axis: fields `[S, P]` -> `[P]`."""
+    count = moments.count.sum(0)
+    mean = (moments.count * moments.mean).sum(0) / jnp.maximum(count, 1)
+    between = moments.count * (moments.mean - mean[None]) ** 2
+    return Moments(count, mean, (moments.deviation + between).sum(0))
+
+
+def empty_history(stages: int, prompts: int) -> Moments:
+    """Scores of the last `stages` stages for each prompt, none yet: fields `[S, P]`."""
+    return Moments(*(jnp.zeros((stages, prompts)) for _ in Moments._fields))
+
+
+def push(history: Moments, now: Moments) -> Moments:
+    """Forgets the oldest stage and remembers `now` (fields `[P]`)."""
+    return jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), history, now)
+
+
+def prompt_z(rewards: Array, mean: Array, std: Array) -> Credit:
+    """Each reward's z-score among its prompt's; with one branch a group this is DDPO's.
+
+    rewards: `[G, K]`. mean, std: `[G]`, of the group's prompt.
+    """
+    z = (rewards - mean[:, None]) / (std[:, None] + TINY)
+    return Credit(z, jnp.ones_like(z, bool))
+
+
+def official(rewards: Array, mean: Array, std: Array, threshold: float = 0.5) -> Credit:
+    """B2-DiffuRL as released: of each group the best branch if z >= threshold, the worst if z < -threshold.
+
+    The advantage is the z-score itself; the group's mean is not subtracted.
+    """
+    z = prompt_z(rewards, mean, std).advantage
+    return Credit(z, _best_and_worst(z, threshold))
+
+
+def extremes(rewards: Array, mean: Array, std: Array, threshold: float = 0.5, size: int = 5) -> Credit:
+    """Control for `official`: the same selection among `size` independent rows instead of sibling branches.
+
+    rewards: `[G, 1]`, G divisible by `size`.
+    """
+    z = prompt_z(rewards, mean, std).advantage
+    return Credit(z, _best_and_worst(z.reshape(-1, size), threshold).reshape(z.shape))
+
+
+def _best_and_worst(z: Array, threshold: float) -> Array:
+    """Mask `[G, K]` of each group's highest z if >= threshold and lowest if < -threshold."""
+    column = jnp.arange(z.shape[1])[None]
+    best = (column == z.argmax(1, keepdims=True)) & (z >= threshold)
+    worst = (column == z.argmin(1, keepdims=True)) & (z < -threshold)
+    return best | worst
+
+
+def branch_loo(rewards: Array, scale: Array) -> Credit:
+    """Reward minus the mean of its sibling branches, over `scale` ([] or [G]): unbiased, free of the prefix."""
+    branches = rewards.shape[1]
+    advantage = (rewards - rewards.mean(1, keepdims=True)) * (branches / (branches - 1))
+    advantage = advantage / (jnp.broadcast_to(scale, rewards.shape[:1])[:, None] + TINY)
+    return Credit(advantage, jnp.ones_like(advantage, bool))
+
+
+def branch_z(rewards: Array) -> Credit:
+    """z-score among the sibling branches: every group counts alike, however little its branches differ."""
+    std = rewards.std(1, keepdims=True, ddof=1)
+    z = (rewards - rewards.mean(1, keepdims=True)) / (std + TINY)
+    return Credit(z, jnp.ones_like(z, bool))
+
+
+def grpo(rewards: Array, prompt: Array, prompts: int) -> Credit:
+    """z-score among all rows of the same prompt in this stage, without history. prompt: `[G] i32`."""
+    now = moments_by(jnp.repeat(prompt, rewards.shape[1]), rewards.reshape(-1), prompts)
+    return prompt_z(rewards, now.mean[prompt], now.std()[prompt])
+
+
+def telescope(rewards: Array, mean: Array, scale: Array, factors: Sequence[int]) -> Credit:
+    """Credit for every stretch of the tree from nested branch means.
+
+    V of a row is the mean reward of the leaves below it, and V of nothing the prompt's mean. A stretch is
+    credited with V(its end) - V(its start), where a row's own leaves are left out of its parent's V:
+    (V - sibling mean) * K / (K - 1). Without that factor the credits along a path sum exactly to
+    reward - mean. rewards: `[G, prod(factors)]`; mean, scale: `[G]`; result `[G, W]`, trunk first.
+    """
+    advantages = []
+    for level in range(len(factors) + 1):
+        value = rewards.reshape(rewards.shape[0], math.prod(factors[:level]), -1).mean(-1)
+        if level == 0:
+            advantages.append(value - mean[:, None])
+            continue
+        siblings = value.reshape(value.shape[0], -1, factors[level - 1])
+        centred = siblings - siblings.mean(-1, keepdims=True)
+        factor = factors[level - 1] / max(factors[level - 1] - 1, 1)
+        advantages.append((centred * factor).reshape(value.shape))
+    advantage = jnp.concatenate(advantages, 1) / (scale[:, None] + TINY)
+    return Credit(advantage, jnp.ones_like(advantage, bool))
+
+
+def within_share(rewards: Array, prompt: Array, prompts: int) -> Array:
+    """Share `[]` of a prompt's reward variance that arises after the branch point: mean within-group
+    variance over mean within-prompt variance of this stage, clipped to [0, 1]. prompt: `[G] i32`."""
+    total = moments_by(jnp.repeat(prompt, rewards.shape[1]), rewards.reshape(-1), prompts)
+    variance = total.deviation.sum() / jnp.maximum((total.count - 1).clip(0).sum(), 1)
+    return jnp.clip(rewards.var(1, ddof=1).mean() / (variance + TINY), 0.0, 1.0)
+
+
+def clipped_surrogate(log_ratio: Array, advantage: Array, clip: float) -> Array:
+    """PPO's loss per item `[B]`: max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), to be minimised."""
+    ratio = jnp.exp(log_ratio)
+    return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip))

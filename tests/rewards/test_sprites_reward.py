@@ -1,0 +1,281 @@
+"""The sprites oracle: exact reading, normalised posteriors, and what each reward sees."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.data import sprites
+from jaxalign.rewards import sprites as oracle
+
+PARAMS = sprites.reward_params()
+REWARDS = {name: jax.jit(getattr(oracle, name)) for name in ("early", "late", "mixed", "success")}
+posterior, read, factors = map(jax.jit, (oracle.posterior, oracle.read, oracle.factors))
+# All calls to a reward have one batch size, so that each is compiled once.
+BATCH = 512
+
+
+def draw(*things, background=0, jitter=4):
+    """One picture, `[1, 16, 16, 3]`, of things (cell, shape, colour, texture)."""
+    looks = np.zeros((3, 1, 4), int)
+    looks[0] = -1
+    for cell, *look in things:
+        looks[:, 0, cell] = look
+    scene = sprites.Scenes(*looks, np.full((1, 4), jitter), np.array([background]))
+    return jnp.asarray(sprites.render(scene))
+
+
+def score(name, images, *captions, params=PARAMS):
+    """The reward of each caption on one picture, or on as many pictures."""
+    target = jnp.asarray(sprites.read_prompts(captions).target)
+    images = jnp.broadcast_to(images, (len(captions), *images.shape[1:]))
+    rows = np.arange(BATCH) % len(captions)
+    return np.asarray(REWARDS[name](images[rows], {"target": target[rows]}, params))[
+        : len(captions)
+    ]
+
+
+def random_scenes(size, seed=0):
+    """Scenes with every filling, look, jitter and shade, all independent."""
+    rng = np.random.default_rng(seed)
+    shape = np.where(rng.random((size, 4)) < 0.5, rng.integers(4, size=(size, 4)), -1)
+    sizes = ((4,), (3,), (9,))
+    rest = [rng.integers(*values, size=(size, 4)) for values in sizes]
+    return sprites.Scenes(shape, *rest, rng.integers(2, size=size))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
+def test_reading_gives_back_every_factor(noise):
+    scenes = random_scenes(3000)
+    images = sprites.render(scenes)
+    images += noise * np.random.default_rng(1).normal(size=images.shape).astype(np.float32)
+    reading = read(jnp.asarray(images), PARAMS)
+    filled = scenes.shape >= 0
+    np.testing.assert_array_equal(reading.filled, filled)
+    np.testing.assert_array_equal(reading.background, scenes.background)
+    look = np.stack([scenes.shape, scenes.colour, scenes.texture], axis=-1)
+    np.testing.assert_array_equal(np.asarray(reading.look)[filled], look[filled])
+
+
+def test_reading_is_exact_on_every_single_cell():
+    """All 864 sprites at all jitters and shades, alone."""
+    grid = np.array(list(itertools.product(range(2), range(4), range(4), range(3), range(9))))
+    shape = np.full((len(grid), 4), -1)
+    cell = np.arange(len(grid)) % 4
+    shape[np.arange(len(grid)), cell] = grid[:, 1]
+    columns = [np.repeat(grid[:, column, None], 4, axis=1) for column in (2, 3, 4)]
+    scenes = sprites.Scenes(shape, *columns, grid[:, 0])
+    found = np.asarray(factors(jnp.asarray(sprites.render(scenes)), PARAMS))
+    np.testing.assert_array_equal(found[:, 0], 1 << cell)
+    np.testing.assert_array_equal(found[:, 1:4], grid[:, 1:4] + 1)
+    assert not found[:, 4:7].any()
+    np.testing.assert_array_equal(found[:, 7], grid[:, 0])
+
+
+def test_factors_take_things_in_the_order_of_the_cells():
+    images = draw((1, 3, 2, 1), (3, 0, 1, 2), background=1)
+    expected = [0b1010, 4, 3, 2, 1, 2, 3, 1]
+    assert factors(images, PARAMS).tolist() == [expected]
+    assert oracle.factor_sizes(PARAMS) == (16, 5, 5, 4, 5, 5, 4, 2)
+    assert len(oracle.FACTORS) == len(oracle.factor_sizes(PARAMS))
+
+
+def test_distances_are_squared_pixel_differences():
+    """The matmul form against plain differences, at full precision."""
+    images = jax.random.uniform(jax.random.key(0), (3, 16, 16, 3), minval=-1.0)
+    sprite, empty = oracle._distances(images, PARAMS)
+    flat = np.asarray(PARAMS.sprite, np.float64).reshape(2, 48, 9, 192)
+    for q, (row, column) in enumerate(itertools.product((0, 8), (0, 8))):
+        cell = np.asarray(images[:, row : row + 8, column : column + 8], np.float64)
+        cell = cell.reshape(3, 1, 1, 1, 192)
+        np.testing.assert_allclose(sprite[:, q], ((cell - flat) ** 2).sum(-1), rtol=1e-5)
+        blank = np.asarray(PARAMS.empty, np.float64)[None]
+        np.testing.assert_allclose(empty[:, q], ((cell[:, 0, 0] - blank) ** 2).sum(-1), rtol=1e-5)
+
+
+def test_posteriors_sum_to_one():
+    images = jax.random.uniform(jax.random.key(1), (5, 16, 16, 3), minval=-1.0)
+    images = jnp.concatenate([images, draw((0, 1, 2, 1)), jnp.zeros((1, 16, 16, 3))])
+    for part in posterior(images, PARAMS):
+        np.testing.assert_allclose(jnp.exp(part).reshape(7, -1).sum(1), 1.0, rtol=1e-4)
+    assert oracle.PRIOR.sum() == pytest.approx(1)
+
+
+def alternatives(grammar):
+    """All captions of a grammar that exclude each other."""
+    return [sprites.caption(target) for target in sprites._targets(grammar)]
+
+
+@pytest.mark.parametrize("grammar", sprites.GRAMMARS)
+def test_mixed_sums_to_the_chance_of_so_many_things(grammar):
+    """Exhaustive captions share out the mass of one thing, or of two things that touch."""
+    noisy = draw((0, 1, 2, 1)) + 0.8 * jax.random.normal(jax.random.key(2), (1, 16, 16, 3))
+    soft = sprites.reward_params(tau_where=300.0, tau_what=300.0)
+    log_p = score("mixed", noisy, *alternatives(grammar), params=soft)
+    where = np.exp(posterior(noisy, soft).where[0])
+    fillings = oracle.TWO if grammar == "relation" else oracle.ONE
+    assert np.exp(log_p).sum() == pytest.approx(where[fillings].sum(), rel=1e-3)
+
+
+def test_late_sums_to_one_over_textures_colours_and_shapes():
+    images = jax.random.uniform(jax.random.key(3), (1, 16, 16, 3), minval=-1.0)
+    soft = sprites.reward_params(tau_what=300.0)
+    for captions in (
+        [f"a {texture} disc at the top left" for texture in sprites.TEXTURES],
+        [f"a {colour} disc" for colour in sprites.COLOURS],
+        [f"a {a} above a {b}" for a in sprites.SHAPES for b in sprites.SHAPES],
+    ):
+        log_p = score("late", images, *captions, params=soft)
+        assert np.exp(log_p).sum() == pytest.approx(1, rel=1e-3)
+
+
+def test_late_equals_a_sum_over_all_scenes():
+    """The texture posterior of one picture by the plainest enumeration, in float64."""
+    images = draw((1, 2, 1, 1)) + 0.5 * jax.random.normal(jax.random.key(4), (1, 16, 16, 3))
+    grid = np.array(list(itertools.product(range(2), range(4), range(48), range(9))))
+    shape = np.full((len(grid), 4), -1)
+    shape[np.arange(len(grid)), grid[:, 1]] = grid[:, 2] // 12
+    wide = [np.repeat(column[:, None], 4, axis=1) for column in (grid[:, 2], grid[:, 3])]
+    scenes = sprites.Scenes(shape, wide[0] // 3 % 4, wide[0] % 3, wide[1], grid[:, 0])
+    gap = (sprites.render(scenes).astype(np.float64) - np.asarray(images, np.float64)) ** 2
+    weight = np.exp(-gap.sum((1, 2, 3)) / (2 * float(PARAMS.tau_what)))
+    expected = np.log([weight[grid[:, 2] % 3 == t].sum() / weight.sum() for t in range(3)])
+    captions = [f"a {texture} disc at the top left" for texture in sprites.TEXTURES]
+    np.testing.assert_allclose(
+        score("late", images, *captions), np.maximum(expected, -10), atol=1e-3
+    )
+
+
+def test_right_captions_score_near_zero():
+    scenes, target = sprites.draw_scenes(np.random.default_rng(0), BATCH)
+    images, batch = jnp.asarray(sprites.render(scenes)), {"target": jnp.asarray(target)}
+    for name, bound in (("early", -0.5), ("late", -1.0), ("mixed", -1.2)):
+        rewards = np.asarray(REWARDS[name](images, batch, PARAMS))
+        assert rewards.max() <= 1e-6
+        assert rewards.min() > bound
+        assert rewards.mean() > -0.4
+
+
+WRONG = {
+    # factor: number of values, the rewards that must fall, the rewards that must not move.
+    "shape": (4, ("mixed",), ("early",)),
+    "colour": (4, ("mixed", "late"), ("early",)),
+    "texture": (3, ("mixed", "late"), ("early",)),
+    "place": (4, ("mixed", "early"), ("late",)),
+    "relation": (2, ("mixed", "early"), ("late",)),
+    "second shape": (4, ("mixed", "late"), ("early",)),
+}
+
+
+@pytest.mark.parametrize("factor", WRONG)
+def test_one_wrong_factor_costs_a_few_nats(factor):
+    count, falling, still = WRONG[factor]
+    column = oracle.TARGETS.index(factor)
+    scenes, target = sprites.draw_scenes(np.random.default_rng(1), 6 * BATCH)
+    asked = np.flatnonzero(target[:, column] >= 0)[:BATCH]
+    images, target = jnp.asarray(sprites.render(scenes)[asked]), target[asked]
+    other = target.copy()
+    other[:, column] = (other[:, column] + 1) % count
+    right, wrong = {"target": jnp.asarray(target)}, {"target": jnp.asarray(other)}
+    for name in falling:
+        loss = REWARDS[name](images, right, PARAMS) - REWARDS[name](images, wrong, PARAMS)
+        assert float(loss.min()) > 1.0, name
+        assert 3.0 < float(jnp.median(loss)) < 10.0, name
+    for name in still:
+        same = REWARDS[name](images, right, PARAMS) - REWARDS[name](images, wrong, PARAMS)
+        np.testing.assert_allclose(same, 0.0, atol=1e-5)
+    assert not REWARDS["success"](images, wrong, PARAMS).any()
+
+
+def test_early_ignores_the_look_and_late_ignores_the_place():
+    caption = "a striped disc at the top left"
+    here = [draw((0, *look)) for look in ((1, 0, 1), (1, 0, 0), (3, 2, 2), (0, 3, 1))]
+    early = [score("early", image, caption)[0] for image in here]
+    assert min(early) > -0.5
+    there = [draw((cell, 1, 0, 1), jitter=cell) for cell in range(4)]
+    late = [score("late", image, caption)[0] for image in there]
+    assert min(late) > -0.2
+    assert score("late", draw((0, 1, 0, 0)), caption)[0] < -2
+    assert score("early", draw((3, 1, 0, 1)), caption)[0] < -3
+
+
+def test_relations_know_who_stands_where():
+    images = draw((0, 1, 0, 0), (1, 3, 2, 1))
+    captions = (
+        "a disc left of a cross",
+        "a cross left of a disc",
+        "a disc above a cross",
+        "a square left of a cross",
+    )
+    assert score("success", images, *captions).tolist() == [1, 0, 0, 0]
+    mixed = score("mixed", images, *captions)
+    assert mixed[0] > -0.5 and mixed[1:].max() < -3
+    early = score("early", images, *captions)
+    assert early[[0, 1, 3]].min() > -0.3 and early[2] < -3
+    late = score("late", images, *captions)
+    assert late[[0, 2]].min() > -0.3 and late[[1, 3]].max() < -2
+
+
+@pytest.mark.parametrize(
+    "things",
+    [
+        (),
+        ((0, 1, 0, 1), (1, 3, 2, 1)),
+        ((0, 1, 0, 1), (3, 0, 2, 1)),
+        ((0, 1, 0, 1), (1, 1, 0, 1), (2, 1, 0, 1), (3, 1, 0, 1)),
+    ],
+    ids=["nothing", "two", "diagonal", "four"],
+)
+def test_another_number_of_things_is_no_success(things):
+    images = draw(*things)
+    captions = ("a striped disc at the top left", "a red disc")
+    assert not score("success", images, *captions).any()
+    right = draw((0, 1, 0, 1))
+    assert np.all(score("mixed", images, *captions) < score("mixed", right, *captions) - 1.5)
+
+
+def test_noise_and_blanks_do_not_score_well():
+    key = jax.random.key(5)
+    noise = jnp.clip(0.7 * jax.random.normal(key, (1, 16, 16, 3)), -1, 1)
+    for images in (noise, jnp.full_like(noise, -0.95), jnp.zeros_like(noise)):
+        captions = ("a striped disc at the top left", "a red disc", "a disc above a cross")
+        assert score("mixed", images, *captions).max() < -3.5
+        assert not score("success", images, *captions).any()
+
+
+@pytest.mark.parametrize(
+    "name, start", [("early", (3, 1, 0, 1)), ("late", (0, 1, 0, 0)), ("mixed", (3, 1, 0, 0))]
+)
+def test_rewards_grow_all_the_way_from_wrong_to_right(name, start):
+    """Half-mended pictures get graded values, so there is something to climb."""
+    wrong, right = draw(start), draw((0, 1, 0, 1))
+    share = jnp.linspace(0, 1, 9).reshape(-1, 1, 1, 1)
+    rewards = score(name, wrong + share * (right - wrong), *["a striped disc at the top left"] * 9)
+    assert np.all(np.diff(rewards) > -1e-3)
+    assert np.sum(np.diff(rewards) > 0.05) >= 5
+
+
+def slope_of_sum(name, images, batch):
+    return jax.grad(lambda x: REWARDS[name](x, batch, PARAMS).sum())(images)
+
+
+@pytest.mark.parametrize("name", ["early", "late", "mixed"])
+def test_gradients_are_finite_and_useful(name):
+    target = sprites.read_prompts(["a striped disc at the top left"] * 4).target
+    batch = {"target": jnp.asarray(target)}
+    grey, noise = jnp.zeros((1, 16, 16, 3)), jax.random.normal(jax.random.key(6), (1, 16, 16, 3))
+    images = jnp.concatenate([draw((0, 1, 0, 1)), draw((0, 1, 0, 0)), grey, noise])
+    slope = jax.jit(slope_of_sum, static_argnums=0)(name, images, batch)
+    assert bool(jnp.isfinite(slope).all())
+    caption = "a striped disc at the top left"
+    before = score(name, images, *[caption] * 4)
+    after = score(name, images + 1e-3 * slope, *[caption] * 4)
+    assert np.all(after >= before - 1e-5)
+    assert np.any(after > before + 1e-4)
+
+
+def test_not_a_number_is_passed_on():
+    """A broken picture must reach the check for finite rewards, not hide at the floor."""
+    assert np.isnan(score("mixed", jnp.full((1, 16, 16, 3), jnp.nan), "a red disc")[0])
