@@ -1,401 +1,17 @@
 """B2-DiffuRL against its neighbours on two picture worlds: `python -m experiments.b2_diffurl PRESET`.
 
 A run trains a base model (cached), then each arm from it at the same number of reward evaluations, and
-writes a folder an arm, the numbers of all of them, and a report with pictures.
+leaves a folder an arm, the numbers of all of them, and a report with pictures.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from experiments import cli
-from jaxalign.core import mesh as meshes
-from jaxalign.core import metrics as sinks
-from jaxalign.core.checkpoint import Checkpoints, cached
-from jaxalign.core.loop import Hook, fit
-from jaxalign.core.state import TrainState
-from jaxalign.core.types import Array, Model, NonFinite, Params, UserError
-from jaxalign.data import world as worlds
-from jaxalign.data.world import Prompts, World
-from jaxalign.methods import b2_diffurl, denoising
-from jaxalign.models.patch_transformer import patch_transformer, token_embedding
-from jaxalign.ops import diffusion, diversity
-from jaxalign.rollout.diffusion import Predict, denoise, guided, path_divergence
-
-ALPHAS = diffusion.scaled_linear_alphas()
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """The patch transformer."""
-
-    width: int = 64
-    depth: int = 3
-    heads: int = 2
-
-    def __post_init__(self) -> None:
-        if min(self.width, self.depth, self.heads) < 1 or self.width % (2 * self.heads):
-            raise UserError(
-                f"width = {self.width}, depth = {self.depth}, heads = {self.heads}: all at least 1, and the "
-                "width divisible by twice the heads; change one of them"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """What a run does; every field is a flag of the command line."""
-
-    world: Literal["sprites", "digits"] = "digits"
-    grammar: str = "all"  # sprites: place, colour, relation or all
-    reward: str = "mixed"
-    prompts: str = ""  # a JSON list of captions to train on instead of the world's own
-    arms: tuple[str, ...] = ("ddpo", "official", "telescope")
-    network: Network = Network()
-    base: denoising.Config = denoising.Config()
-    b2: b2_diffurl.Config = b2_diffurl.Config()
-    evaluate_every: int = 10  # stages
-    pictures: int = 8  # of each prompt in an evaluation
-    save_every: int = 10  # stages
-    mesh: str = "data=-1"
-    tensorboard: bool = False
-    wandb: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for arm in self.arms:
-            if arm not in ARMS:
-                raise UserError(f"arms: {arm!r} is not one of {', '.join(ARMS)}; give some of these")
-        if min(self.evaluate_every, self.pictures, self.save_every) < 1:
-            raise UserError("evaluate_every, pictures and save_every must be at least 1")
-
-
-# --- arms: the same budget of rewards spent in different ways ----------------------------------------
-
-Arm = Callable[[b2_diffurl.Config], b2_diffurl.Config]
-
-
-def _independent(c: b2_diffurl.Config) -> b2_diffurl.Config:
-    """As many pictures as before, each with a path of its own."""
-    return dataclasses.replace(c, groups=c.groups * c.leaves, branches=(1,), estimator="prompt_z")
-
-
-def _whole_path(c: b2_diffurl.Config) -> b2_diffurl.Config:
-    return dataclasses.replace(c, suffix_start=c.steps, suffix_stop=c.steps, growth="clock")
-
-
-def _telescope(c: b2_diffurl.Config) -> b2_diffurl.Config:
-    half = c.steps // 2
-    return dataclasses.replace(
-        c, suffix_start=half, suffix_stop=half, growth="clock", estimator="telescope"
-    )
-
-
-ARMS: Mapping[str, Arm] = {
-    # independent paths, prompt z-scores, every step trained: DDPO
-    "ddpo": lambda c: _whole_path(_independent(c)),
-    # the same with backward progressive training
-    "ddpo_bpt": _independent,
-    # branches and selection, every step trained from the first stage on
-    "branch": lambda c: _whole_path(dataclasses.replace(c, estimator="official")),
-    # B2-DiffuRL as released
-    "official": lambda c: dataclasses.replace(c, estimator="official"),
-    # B2-DiffuRL with a leave-one-out baseline among the branches
-    "loo": lambda c: dataclasses.replace(c, estimator="branch_loo"),
-    # credit for prefix and suffix from nested branch means, split fixed at half the steps
-    "telescope": _telescope,
-    # control: selection of the best and the worst without branches, with backward training
-    "extremes": lambda c: dataclasses.replace(_independent(c), estimator="extremes"),
-}
-
-
-# --- the world and its base model ----------------------------------------------------------------------
-
-
-def make_world(config: Experiment) -> World:
-    """The world of the run, its training prompts replaced by the user's where a file is given."""
-    if config.world == "sprites":
-        from jaxalign.data import sprites
-
-        world = sprites.world(config.grammar)
-    else:
-        from jaxalign.data import digits
-
-        world = digits.world()
-    if config.reward not in world.rewards:
-        raise UserError(
-            f"reward = {config.reward!r}: the {world.name} world has {', '.join(world.rewards)}; give one of these"
-        )
-    if config.prompts:
-        world = world._replace(train=worlds.load_prompt_file(config.prompts, world))
-    return world
-
-
-class Networks(NamedTuple):
-    """The text encoder and the denoiser of a world."""
-
-    text: Model
-    net: Model
-
-
-def make_networks(world: World, network: Network) -> Networks:
-    length = world.vocabulary.length
-    return Networks(
-        token_embedding(world.vocabulary.size, length, network.width),
-        patch_transformer(
-            world.image_shape,
-            world.patch,
-            width=network.width,
-            depth=network.depth,
-            heads=network.heads,
-            length=length,
-        ),
-    )
-
-
-def base_model(config: Experiment, world: World) -> Params:
-    """`{"text", "net"}` of the base model, trained once for each configuration of world and training."""
-    networks = make_networks(world, config.network)
-
-    def train() -> Params:
-        images, tokens = world.corpus(config.base.seed)
-        data = {"images": images, "tokens": tokens, "alphas": ALPHAS.astype(np.float32)}
-        data = jax.device_put(data)
-        state = fit(
-            denoising.init(*networks, config.base),
-            denoising.make_step(*networks, config.base),
-            lambda i: data,
-            jax.random.key(config.base.seed),
-            steps=config.base.updates,
-            title=f"base model ({world.name})",
-            shown=("loss",),
-        )
-        return state.slow
-
-    key = {"world": world.name, "network": config.network, "training": config.base, "corpus": 1}
-    return cached("base", {name: _plain(value) for name, value in key.items()}, train)
-
-
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-
-
-# --- evaluation ------------------------------------------------------------------------------------------
-
-
-class Evaluation(NamedTuple):
-    """`pictures` of each prompt of a list, prompt by prompt, and everything read off them.
-
-    images: `[P*N, H, W, C]`. reward, success: `[P*N]`. code: `[P*N] i32`, factors read. divergence:
-    `[P*N]`, KL(policy || base) of the whole path in nats.
-    """
-
-    images: Array
-    reward: Array
-    success: Array
-    code: Array
-    divergence: Array
-
-
-def evaluate(
-    predict: Predict,
-    world: World,
-    reward: str,
-    params: Params,
-    reference: Params,
-    task: b2_diffurl.Task,
-    prompt: Array,
-    key: Array,
-) -> Evaluation:
-    """Pictures of the prompts `[B] i32` of `task` from fixed noise. Traceable."""
-    start_key, path_key = jax.random.split(key)
-    start = jax.random.normal(start_key, (prompt.shape[0], *world.image_shape))
-    context = task.rows(prompt)
-    images, path, _ = denoise(predict, params, task.sampler, start, context, path_key)
-    divergence = path_divergence(predict, params, reference, task.sampler, path, context)
-    batch = {"target": task.target[prompt]}
-    return Evaluation(
-        images,
-        world.rewards[reward](images, batch, task.reward),
-        world.success(images, batch, task.reward),
-        worlds.factor_code(world.factors(images, task.reward), world.factor_sizes),
-        divergence.sum(0),
-    )
-
-
-def summarise(evaluation: Evaluation, pictures: int, name: str) -> dict[str, Array]:
-    """The numbers of an evaluation, each name prefixed with the prompts' `name`."""
-    by_prompt = evaluation.images.reshape(-1, pictures, *evaluation.images.shape[1:])
-    return {
-        f"{name}/reward": evaluation.reward.mean(),
-        f"{name}/success": evaluation.success.mean(),
-        f"{name}/entropy": diversity.code_entropy(evaluation.code.reshape(-1, pictures)).mean(),
-        f"{name}/distance": diversity.pairwise_distance(by_prompt).mean(),
-        f"{name}/divergence": evaluation.divergence.mean(),
-    }
-
-
-# --- one arm ---------------------------------------------------------------------------------------------
-
-
-class Lab(NamedTuple):
-    """What all arms of a run share: the world, its networks and base, and the embedded prompts."""
-
-    world: World
-    networks: Networks
-    base: Params
-    mesh: jax.sharding.Mesh
-
-
-def make_lab(config: Experiment) -> Lab:
-    world = make_world(config)
-    mesh = meshes.make_mesh(meshes.parse_mesh(config.mesh))
-    return Lab(world, make_networks(world, config.network), base_model(config, world), mesh)
-
-
-def make_task(lab: Lab, config: b2_diffurl.Config, prompts: Prompts) -> b2_diffurl.Task:
-    """The prompts embedded once for the whole run, on every device."""
-    text, tokens = lab.networks.text, jnp.asarray(prompts.tokens)
-    sampler = diffusion.ddim_sampler(ALPHAS, config.steps, eta=config.eta, prediction="v")
-    embed = jax.jit(text.apply)
-    task = b2_diffurl.Task(
-        sampler,
-        embed(lab.base["text"], tokens),
-        embed(lab.base["text"], jnp.zeros_like(tokens[:1]))[0],
-        jnp.asarray(prompts.target),
-        lab.world.reward_params,
-    )
-    return jax.device_put(task, meshes.replicated(lab.mesh))
-
-
-def make_evaluation(lab: Lab, config: Experiment, b2: b2_diffurl.Config) -> Callable[[TrainState], dict]:
-    """`state -> {"train": Evaluation, "heldout": Evaluation}`, compiled; the same noise at every call."""
-    predict = guided(lab.networks.net.apply, b2.guidance)
-    tasks = {name: make_task(lab, b2, getattr(lab.world, name)) for name in ("train", "heldout")}
-
-    @jax.jit
-    def run(state: TrainState, tasks: dict[str, b2_diffurl.Task], key: Array) -> dict[str, Evaluation]:
-        params, base = b2_diffurl.policy_params(state, b2), b2_diffurl.reference_params(state)
-        rows = {n: jnp.repeat(jnp.arange(t.context.shape[0]), config.pictures) for n, t in tasks.items()}
-        return {
-            name: evaluate(predict, lab.world, config.reward, params, base, task, rows[name], key)
-            for name, task in tasks.items()
-        }
-
-    key = jax.device_put(jax.random.key(10_000 + config.seed), meshes.replicated(lab.mesh))
-    return lambda state: run(state, tasks, key)
-
-
-class RatioIsOne:
-    """A sink that stops the run if the policy that trains is not the one that sampled."""
-
-    limit = 1e-5  # of the log density, averaged over dimensions; exactly 0 on a CPU
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        error = metrics.get("ratio_error", 0.0)
-        if error > self.limit:
-            raise NonFinite(
-                f"stopped at stage {step}: before the first update the density ratio must be 1, but its log is off "
-                f"by {error:.3g}; rollout and update evaluate different functions"
-            )
-
-    def resume(self, step: int) -> None:
-        """Nothing to take back."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-def train_arm(
-    lab: Lab, config: Experiment, arm: str, directory: Path, *, resume: bool
-) -> dict[str, float]:
-    """Trains one arm, leaving metrics, samples, checkpoints and `result.json`; returns the final numbers."""
-    b2 = ARMS[arm](config.b2)
-    meshes.check_divisible("groups", b2.groups, lab.mesh)
-    task = make_task(lab, b2, lab.world.train)
-    key = jax.random.key(config.seed)
-    state = b2_diffurl.init(b2, lab.base["net"], task.context.shape[0], key, LORA_RULE)
-    state, key = jax.device_put((state, key), meshes.replicated(lab.mesh))
-    stage = b2_diffurl.make_stage(
-        guided(lab.networks.net.apply, b2.guidance),
-        b2,
-        lab.world.image_shape,
-        decode=lambda latents: latents,
-        reward=lab.world.rewards[config.reward],
-        rows=meshes.batch_sharding(lab.mesh),
-    )
-    evaluation = make_evaluation(lab, config, b2)
-    sample_grid = functools.partial(save_samples, lab.world, config.pictures, directory)
-
-    def measure(state: TrainState, step: int) -> dict[str, Array]:
-        results = evaluation(state)
-        if step in (0, b2.stages):
-            sample_grid("before" if step == 0 else "after", results)
-        return {k: v for n, e in results.items() for k, v in summarise(e, config.pictures, n).items()}
-
-    directory.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Checkpoints(directory / "ckpt")) as checkpoints:
-        opened = open_sinks(config, directory, arm)
-        state = fit(
-            state,
-            stage,
-            lambda i: task,
-            key,
-            steps=b2.stages,
-            checkpoints=checkpoints,
-            save_every=config.save_every,
-            resume=resume,
-            sinks=[RatioIsOne(), *opened],
-            hooks=[Hook(config.evaluate_every, measure)],
-            title=arm,
-            shown=("reward", "suffix"),
-            put=lambda task: task,
-        )
-        for sink in opened:
-            sink.close()
-    rows = sinks.read_json_lines(directory / "metrics.jsonl")
-    result = {name: value for name, value in rows[-1].items() if name != "step"}
-    sinks.write_json(directory / "result.json", {"arm": arm, "seed": config.seed, **result})
-    return result
-
-
-LORA_RULE = r".*attention/(qkv|kv_context|out)/kernel"
-
-
-def open_sinks(config: Experiment, directory: Path, arm: str) -> list[sinks.Sink]:
-    opened: list[sinks.Sink] = [sinks.JsonLines(directory / "metrics.jsonl")]
-    if config.tensorboard:
-        opened.append(sinks.TensorBoard(directory / "tensorboard"))
-    if config.wandb:
-        opened.append(sinks.WandB(directory, name=arm, config=dataclasses.asdict(config)))
-    return opened
-
-
-def save_samples(
-    world: World, pictures: int, directory: Path, when: str, results: Mapping[str, Evaluation]
-) -> None:
-    """`samples-WHEN.npz`: for both prompt lists the first four pictures of each prompt, 8 bit, and their rewards."""
-    arrays: dict[str, np.ndarray] = {}
-    for name, evaluation in results.items():
-        images = np.asarray(jax.device_get(evaluation.images)).reshape(-1, pictures, *world.image_shape)
-        reward = np.asarray(jax.device_get(evaluation.reward)).reshape(-1, pictures)
-        success = np.asarray(jax.device_get(evaluation.success)).reshape(-1, pictures)
-        arrays[f"{name}/images"] = np.uint8(np.clip(images[:, :4] * 127.5 + 127.5, 0, 255))
-        arrays[f"{name}/prompts"] = np.array(getattr(world, name).text)
-        arrays[f"{name}/reward"], arrays[f"{name}/success"] = reward, success
-    with sinks.replacing(directory / f"samples-{when}.npz") as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
-# --- presets and the command -------------------------------------------------------------------------------
+from experiments import b2_claims, cli, report
+from experiments.b2_claims import Claims
+from experiments.pictures import Experiment, Network, make_lab, run_arms, small
+from jaxalign.methods import denoising
 
 
 def digits() -> Experiment:
@@ -403,7 +19,6 @@ def digits() -> Experiment:
     return Experiment(
         world="digits",
         reward="digits",
-        network=Network(width=64, depth=4, heads=4),
         b2=small(stages=30, learning_rate=5e-4),
     )
 
@@ -430,40 +45,23 @@ def tiny() -> Experiment:
     )
 
 
-def small(**changes: Any) -> b2_diffurl.Config:
-    """A stage that a CPU runs in a second: 160 pictures, 10 steps, the released proportions otherwise."""
-    config = b2_diffurl.Config(
-        groups=32,
-        branches=(5,),
-        steps=10,
-        guidance=1.0,
-        suffix_start=7,
-        suffix_stop=10,
-        epochs=1,
-        updates=4,
-        micro_batch=128,
-        step_weight="drop_last",
-    )
-    return dataclasses.replace(config, **changes)
+def claims() -> Claims:
+    """The paper's comparisons on both worlds, eight seeds; hours. Resumable, and partial runs are reported."""
+    return Claims()
 
 
-PRESETS: Mapping[str, Callable[[], Experiment]] = {"digits": digits, "sprites": sprites, "tiny": tiny}
-
-
-def run_seed(config: Experiment, directory: Path, *, resume: bool) -> None:
-    """All arms of one seed, then `result.json` with "ARM/NUMBER" keys."""
-    lab = make_lab(config)
-    result: dict[str, float] = {}
-    for arm in config.arms:
-        numbers = train_arm(lab, config, arm, directory / arm, resume=resume)
-        result |= {f"{arm}/{name}": value for name, value in numbers.items()}
-    sinks.write_json(directory / "result.json", result)
+PRESETS = {"digits": digits, "sprites": sprites, "tiny": tiny, "claims": claims}
 
 
 def run_all(run: cli.Run) -> None:
-    """Every seed of the command line, one after the other."""
+    """Every seed of the command line, one after the other, then the report."""
+    if isinstance(run.config, Claims):
+        b2_claims.run(cli.open_workdir(run), run.config)
+        return
     for each in cli.open_seeds(run):
-        run_seed(each.config, each.workdir, resume=each.resume)
+        run_arms(make_lab(each.config), each.config, each.workdir, resume=each.resume)
+    print(report.table(run.workdir))
+    print(f"report: {report.build(run.workdir)}")
 
 
 if __name__ == "__main__":

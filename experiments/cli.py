@@ -22,8 +22,10 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import jax
 import tyro
 
+from jaxalign.core.checkpoint import cache_directory
 from jaxalign.core.loop import Preempted
 from jaxalign.core.metrics import disk_full, environment, plain, write_json
 from jaxalign.core.types import NonFinite, UserError
@@ -330,7 +332,15 @@ def main(
     """Parses the command line and calls `run`; ends the process unless that went well."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with exit_codes(_command(name, [*(word for word in argv if word != "--resume"), "--resume"])):
-        run(parse(name, presets, default, argv))
+        asked = parse(name, presets, default, argv)
+        keep_compiled_programs()
+        run(asked)
+
+
+def keep_compiled_programs() -> None:
+    """Compiled programs are kept in the cache, so that the second run of a preset starts at once."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
 
 
 @contextlib.contextmanager

@@ -263,7 +263,7 @@ def _store(path: Path, tree: PyTree) -> None:
     dtypes = {name: str(array.dtype) for name, array in arrays.items()}
     # The format knows numpy's own types only, so everything is stored as bytes beside its type.
     stored = {
-        name: array.reshape(array.shape + (1,)).view(np.uint8) for name, array in arrays.items()
+        name: array.reshape((*array.shape, 1)).view(np.uint8) for name, array in arrays.items()
     }
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, dtypes=np.array(json.dumps(dtypes)), **_prefixed(stored))

@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import rich.console
+import rich.progress
+import rich.text
 
 from jaxalign.core.types import UserError
 
@@ -148,7 +151,7 @@ class JsonLines:
 
     def _open(self) -> None:
         with writing(self.path):
-            self._file = open(self.path, "a")
+            self._file = open(self.path, "a")  # noqa: SIM115 (open as long as the run)
 
     def _keep(self, wanted) -> dict[str, Any] | None:
         """Rewrites the file with the wanted rows only, unless that is the file as it is."""
@@ -284,16 +287,23 @@ class Progress:
     def __enter__(self) -> Progress:
         self._begin = self._printed = time.monotonic()
         if not self.off and sys.stderr.isatty():
-            self._bar, self._task = _bar(self.title, self.total, self.start)
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.description}", markup=False),
+                rich.progress.BarColumn(bar_width=12),
+                _Line(self),
+                refresh_per_second=4,
+                console=rich.console.Console(stderr=True),
+            )
+            self._bar.add_task(self.title, total=self.total, completed=self.start)
             self._bar.start()
         return self
 
-    def update(self, step: int, **shown: float) -> None:
+    def update(self, step: int, **shown: float | None) -> None:
         """Moves to `step`; metrics given by name are shown from then on."""
         self.step = step
         self._shown.update({name: value for name, value in shown.items() if value is not None})
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, rate=self._rate(), shown=self._numbers())
+            self._bar.update(self._bar.task_ids[0], completed=step)
         elif time.monotonic() - self._printed >= self.seconds_between_lines:
             self._print()
 
@@ -303,50 +313,38 @@ class Progress:
         elif self.step > self.start:
             self._print()
 
-    def _rate(self) -> str:
+    def line(self) -> str:
+        """Count, speed, times and the metrics shown, as of now."""
         done, seconds = self.step - self.start, time.monotonic() - self._begin
-        if done == 0 or seconds == 0:
-            return ""
-        rate = done / seconds
-        return f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
-
-    def _numbers(self) -> str:
-        return "  ".join(f"{name} {value:.4g}" for name, value in self._shown.items())
+        parts = [f"{self.step}/{self.total}"]
+        if done > 0 and seconds > 0:
+            rate = done / seconds
+            parts.append(f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step")
+            parts.append(f"{_clock((self.total - self.step) / rate)} left")
+        parts += [f"{name} {value:.4g}" for name, value in self._shown.items()]
+        return "  ".join([*parts, f"{_clock(seconds)} gone"])
 
     def _print(self) -> None:
-        if self.off:
-            return
-        self._printed = time.monotonic()
-        seconds = self._printed - self._begin
-        left = seconds * (self.total - self.step) / max(1, self.step - self.start)
-        times = f"{_clock(seconds)} gone, {_clock(left)} left"
-        parts = (f"{self.title} {self.step}/{self.total}", self._rate(), times, self._numbers())
-        print("  ".join(part.strip() for part in parts if part), file=sys.stderr, flush=True)
+        if not self.off:
+            self._printed = time.monotonic()
+            print(f"{self.title} {self.line()}".strip(), file=sys.stderr, flush=True)
+
+
+class _Line(rich.progress.ProgressColumn):
+    """The text right of the bar; where the terminal is narrow, its end is left out."""
+
+    def __init__(self, owner: Progress) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        return rich.text.Text(self.owner.line(), no_wrap=True, overflow="ellipsis")
 
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _bar(title: str, total: int, start: int) -> tuple[Any, Any]:
-    from rich import progress
-    from rich.console import Console
-
-    bar = progress.Progress(
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(bar_width=24),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[rate]}"),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[shown]}", markup=False),
-        refresh_per_second=4,
-        console=Console(stderr=True),
-    )
-    return bar, bar.add_task(title, total=total, completed=start, rate="", shown="")
 
 
 # --- environment ---------------------------------------------------------------------------------

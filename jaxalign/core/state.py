@@ -1,4 +1,4 @@
-"""What training carries from one step to the next: arrays only, so that a checkpoint holds all of it."""
+"""What training carries from step to step: arrays only, so that a checkpoint holds all of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from jaxalign.core.types import Array, Params, PyTree, UserError
 
 
 class TrainState(NamedTuple):
-    """step: `[] i32`, completed steps. params: nested dict. opt_state: optax state of the trainable part.
+    """All of a run that changes.
 
+    step: `[] i32`, completed steps. params: nested dict.
+    opt_state: optax state of the trainable part.
     slow: copies that follow or stay behind the parameters (EMA, target network, reference).
     extra: whatever else a method remembers (histories, duals, buffers, counters).
     """
@@ -30,7 +32,9 @@ def paths(tree: PyTree) -> PyTree:
     """The tree with each leaf replaced by its path, "a/b/c"."""
 
     def name(path: tuple, _: object) -> str:
-        return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        return "/".join(
+            str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
+        )
 
     return jax.tree_util.tree_map_with_path(name, tree)
 
@@ -44,7 +48,9 @@ def partition(params: Params, trainable: str) -> tuple[Params, Params]:
     matches = jax.tree.map(lambda path: re.fullmatch(trainable, path) is not None, paths(params))
     if not any(jax.tree.leaves(matches)):
         example = jax.tree.leaves(paths(params))[0]
-        raise UserError(f"trainable = {trainable!r} matches no parameter; paths look like {example!r}")
+        raise UserError(
+            f"trainable = {trainable!r} matches no parameter; paths look like {example!r}"
+        )
     trained = jax.tree.map(lambda leaf, match: leaf if match else None, params, matches)
     frozen = jax.tree.map(lambda leaf, match: None if match else leaf, params, matches)
     return trained, frozen

@@ -10,7 +10,7 @@ import optax
 
 from jaxalign.core import state as states
 from jaxalign.core.state import TrainState
-from jaxalign.core.types import Array, Mean, Objective, Params, PyTree
+from jaxalign.core.types import Array, Objective, Params, PyTree
 
 
 def accumulate(
@@ -22,7 +22,7 @@ def accumulate(
     *,
     trainable: str = ".*",
 ) -> tuple[Params, dict[str, Array]]:
-    """Gradient of the mean over `count` micro-batches, for trainable leaves, and the metrics' values.
+    """Gradient of the mean over `count` micro-batches, for trainable leaves, and the metrics.
 
     take: index of a micro-batch -> the micro-batch; called in the loop, so it must be traceable.
     count: may be a traced number: fewer items then cost less time, without a new compilation.
@@ -35,7 +35,9 @@ def accumulate(
         return mean.total, (mean, metrics)
 
     def micro_step(i: Array, sums: tuple) -> tuple:
-        gradient, parts = jax.grad(total, has_aux=True)(trained, take(i), jax.random.fold_in(key, i))
+        gradient, parts = jax.grad(total, has_aux=True)(
+            trained, take(i), jax.random.fold_in(key, i)
+        )
         return jax.tree.map(jnp.add, sums[0], gradient), _combine(sums[1], parts)
 
     shapes = jax.eval_shape(lambda: total(trained, take(jnp.zeros((), jnp.int32)), key)[1])
@@ -63,7 +65,7 @@ def apply_gradient(
     """One optimizer step on the trainable leaves; `state.step` is left to the caller."""
     trained, frozen = states.partition(state.params, trainable)
     change, opt_state = optimizer.update(gradient, state.opt_state, trained)
-    trained = optax.apply_updates(trained, change)
+    trained: Params = optax.apply_updates(trained, change)  # ty: ignore[invalid-assignment]
     return state._replace(params=states.merge(trained, frozen), opt_state=opt_state)
 
 
@@ -73,7 +75,10 @@ def follow(slow: PyTree, fast: PyTree, decay: float | Array) -> PyTree:
 
 
 def split_micro(batch: PyTree, count: int) -> PyTree:
-    """`[B, ...]` to `[count, B/count, ...]`, taking every count-th row, so that a batch sharded over devices stays."""
+    """`[B, ...]` to `[count, B/count, ...]`.
+
+    A micro-batch takes every count-th row, so that a batch sharded over devices stays in place.
+    """
     return jax.tree.map(
         lambda a: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), batch
     )
@@ -90,7 +95,7 @@ def train_step(
     micro_batches: int = 1,
     ema: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One supervised update; jit it with everything but state, batch and key bound, and donate the state.
+    """One supervised update; jit it with all but state, batch and key bound, and donate the state.
 
     ema: decay of the moving average of the parameters kept in `state.slow`; 0 keeps none.
     """

@@ -34,7 +34,7 @@ class Mean(NamedTuple):
     total: Array
     weight: Array
 
-    def __add__(self, other: Mean) -> Mean:  # ty: ignore[invalid-method-override]
+    def __add__(self, other: Mean) -> Mean:  # ty: ignore[incompatible-method-override]
         return Mean(self.total + other.total, self.weight + other.weight)
 
     def value(self) -> Array:
@@ -48,7 +48,7 @@ class Max(NamedTuple):
 
     top: Array
 
-    def __add__(self, other: Max) -> Max:  # ty: ignore[invalid-method-override]
+    def __add__(self, other: Max) -> Max:  # ty: ignore[incompatible-method-override]
         return Max(jnp.maximum(self.top, other.top))
 
     def value(self) -> Array:
@@ -61,7 +61,7 @@ Objective = Callable[[Params, PyTree, Array], tuple[Mean, dict[str, Mean | Max]]
 
 
 class UserError(Exception):
-    """Something the user can mend. One line: the value, the rule, the fix; shown without traceback."""
+    """The user can mend it. One line: the value, the rule, the fix; shown without traceback."""
 
 
 class NonFinite(UserError):

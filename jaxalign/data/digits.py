@@ -329,7 +329,7 @@ def world(noise: float = 0.25, steps: int = STEPS) -> World:
     return World(
         name="digits",
         image_shape=(SIDE, SIDE, 1),
-        patch=7,
+        patch=14,
         vocabulary=VOCABULARY,
         train=train,
         heldout=heldout,

@@ -51,6 +51,7 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = ("left of", "above")
 GRAMMARS = ("place", "colour", "relation")
 SHADES = (-0.95, -0.7)
+MIDDLE = 4  # the jitter of the corpus; the oracle reads sprites that are a pixel off as well
 DIM = 0.2  # how much of its colour a sprite keeps between the stripes or dots
 IMAGE_SHAPE = (16, 16, 3)
 WORDS = ("a", "at", "the", "of", "top", "bottom", "left", "right", "above")
@@ -72,7 +73,7 @@ class Scenes(NamedTuple):
     """What is in N pictures. A cell with shape -1 is empty; its other entries mean nothing.
 
     shape, colour, texture: `[N, Q] int`.
-    jitter: `[N, Q] int`, in 0..8, rows of three: 0 is up and left, 4 the middle.
+    jitter: `[N, Q] int`, in 0..8, rows of three: 0 is up and left, MIDDLE is 4.
     background: `[N] int`, shade.
     """
 
@@ -111,7 +112,7 @@ def world(
     return World(
         name="sprites",
         image_shape=IMAGE_SHAPE,
-        patch=4,
+        patch=8,
         vocabulary=VOCABULARY,
         train=train,
         heldout=heldout,
@@ -171,7 +172,7 @@ def draw_scenes(rng: np.random.Generator, size: int) -> tuple[Scenes, np.ndarray
         cells[row, first_cell] = values
     for cells, values in zip(filled, looks[1], strict=True):
         cells[row[~alone], pair[~alone, 1]] = values[~alone]
-    jitter, background = rng.integers(9, size=(size, 4)), rng.integers(len(SHADES), size=size)
+    jitter, background = np.full((size, 4), MIDDLE), rng.integers(len(SHADES), size=size)
     true = np.stack([shape, colour, texture, place, relation, second], axis=1)
     asked = np.stack([_ASKED[name] for name in GRAMMARS])[grammar]
     return Scenes(*filled, jitter, background), np.where(asked, true, -1).astype(np.int32)

@@ -94,7 +94,7 @@ class World(NamedTuple):
     train, heldout: prompts for training and for evaluation only; no caption is in both.
     corpus: `seed -> (images [N, H, W, C] f32 in [-1, 1], tokens [N, L] int32)` for the base model;
         the same seed gives the same arrays. Both fit on the device.
-    rewards: dense rewards by name, in nats, 0 at best and floored at -10.
+    rewards: dense rewards by name, probabilities from 0 to 1.
     success: `(images, batch, reward_params) -> [B] f32` in {0, 1}: all that the caption asks holds.
     factors: `(images, reward_params) -> [B, F] int32`, everything read off the picture, asked or
         not; column f takes values 0..factor_sizes[f]-1. `factor_code` packs a row into one number.

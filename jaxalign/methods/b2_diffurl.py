@@ -167,11 +167,12 @@ Reward = Callable[[Array, dict[str, Any], PyTree], Array]
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW behind a clipped gradient norm, as released."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.gradient_clip),
-        optax.adamw(config.learning_rate, weight_decay=config.weight_decay),
-    )
+    """AdamW behind a clipped gradient norm, as released.
+
+    The rates are kept in the optimizer's state, so that one compiled stage serves a sweep over them.
+    """
+    adamw = optax.inject_hyperparams(optax.adamw)(config.learning_rate, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw)
 
 
 def trainable(config: Config) -> str:
@@ -323,9 +324,11 @@ def pair_loss(
         item = item + config.kl_weight * diffusion.divergence(ours, theirs) / dimensions
     item = item * step_weight[batch.step]
     total = batch.weight.sum()
+    # Relative, because a density far from 1 rounds more coarsely.
+    error = jnp.abs(log_ratio) / jnp.maximum(jnp.abs(batch.log_density), 1.0)
     clipped = (jnp.abs(jnp.expm1(log_ratio)) > config.clip) * batch.weight
     metrics: dict[str, Mean | Max] = {
-        "ratio_error": Max(jnp.max(jnp.abs(log_ratio) * batch.weight)),
+        "ratio_error": Max(jnp.max(error * batch.weight)),
         "clipped": Mean(clipped.sum(), total),
     }
     return Mean((item * batch.weight).sum(), total), metrics

@@ -27,9 +27,9 @@ from jaxalign.ops import diffusion
 class Config:
     """Training of the base model."""
 
-    updates: int = 3000
+    updates: int = 2500
     batch: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     ema: float = 0.995
     caption_dropout: float = 0.1
     seed: int = 0

@@ -1,8 +1,9 @@
-"""A small text-conditional denoiser made of matrix products alone: fast on a CPU, also inside loops.
+"""A small text-conditional denoiser made of matrix products: fast on a CPU, also inside loops.
 
-The picture is cut into patches; every patch attends to all patches and to the prompt's tokens in one
-attention, and the noise level scales and shifts each block (adaLN-zero, Peebles & Xie 2023, DiT,
-section 3.2). There is no convolution, because XLA:CPU runs convolution gradients in loops slowly.
+The picture is cut into patches; every patch attends to all patches and to the prompt's tokens in
+one attention, and the noise level with the prompt's mean token scales and shifts each block
+(adaLN-zero, Peebles & Xie 2023, DiT, section 3.2). There is no convolution, because XLA:CPU runs
+convolution gradients in loops slowly.
 
 The interface is that of Stable Diffusion's networks: latents of any shape in and out, a noise level
 in [0, 1000), and a context of token embeddings made once per prompt by a text encoder of its own.
@@ -21,7 +22,7 @@ from jaxalign.core.types import Array, Model
 
 
 def timestep_embedding(timestep: Array, width: int) -> Array:
-    """Sinusoidal features `[B, width]` of noise levels `[B]`; cosines first, as Stable Diffusion has it."""
+    """Features `[B, width]` of noise levels `[B]`; cosines first, as in Stable Diffusion."""
     frequency = np.exp(-np.log(10_000.0) * np.arange(width // 2) / (width // 2)).astype(np.float32)
     angle = timestep.astype(jnp.float32)[:, None] * frequency[None]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
@@ -60,7 +61,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block; `condition` [B, D] shifts, scales and gates both halves."""
+    """One transformer block; condition `[B, D]` shifts, scales and gates both halves."""
 
     heads: int
 
@@ -92,40 +93,49 @@ class PatchTransformer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, timestep: Array, context: Array) -> Array:
         tokens = patchify(x, self.patch)
-        position = self.param("position", nn.initializers.normal(0.02), (1, *tokens.shape[1:2], self.width))
+        position = self.param(
+            "position", nn.initializers.normal(0.02), (1, *tokens.shape[1:2], self.width)
+        )
         h = nn.Dense(self.width, name="patch_in")(tokens) + position
         condition = nn.Dense(self.width, name="time_in")(timestep_embedding(timestep, self.width))
         condition = nn.Dense(self.width, name="time_out")(nn.silu(condition))
+        condition = condition + nn.Dense(self.width, name="context_in")(context.mean(1))
         for i in range(self.depth):
             h = Block(self.heads, name=f"block_{i}")(h, context, condition)
         h = nn.LayerNorm(epsilon=1e-6, name="norm_out")(h)
         out = nn.Dense(tokens.shape[-1], kernel_init=nn.initializers.zeros, name="patch_out")(h)
-        return unpatchify(out, self.patch, self.shape)
+        # A share of the input, by noise level, so that the patches need not carry it themselves.
+        skip = nn.Dense(1, kernel_init=nn.initializers.zeros, name="skip")(nn.silu(condition))
+        return unpatchify(out, self.patch, self.shape) + skip[:, :, None, None] * x
 
 
 class TokenEmbedding(nn.Module):
-    """The worlds' text encoder: `[B, L]` token ids to `[B, L, D]`, a learned table plus positions."""
+    """A world's text encoder: token ids `[B, L]` to `[B, L, D]`, a learned table and positions."""
 
     vocabulary: int
     width: int
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
-        position = self.param("position", nn.initializers.normal(0.02), (1, tokens.shape[1], self.width))
+        position = self.param(
+            "position", nn.initializers.normal(0.02), (1, tokens.shape[1], self.width)
+        )
         return nn.Embed(self.vocabulary, self.width, name="words")(tokens) + position
 
 
 def patch_transformer(
     shape: tuple[int, int, int], patch: int, *, width: int, depth: int, heads: int, length: int
 ) -> Model:
-    """The denoiser as a `Model`: `apply(params, x [B,H,W,C], timestep [B], context [B,length,width])`."""
+    """The denoiser: `apply(params, x [B,H,W,C], timestep [B], context [B,length,width])`."""
     module = PatchTransformer(shape, patch, width, depth, heads)
 
     def init(key: Array) -> dict:
         x, t, context = jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros((1, length, width))
         return module.init(key, x, t, context)["params"]
 
-    return Model(init, lambda params, x, t, context: module.apply({"params": params}, x, t, context))
+    return Model(
+        init, lambda params, x, t, context: module.apply({"params": params}, x, t, context)
+    )
 
 
 def token_embedding(vocabulary: int, length: int, width: int) -> Model:

@@ -6,8 +6,7 @@ Four factors are read off a picture. The digit comes from a small classifier wit
 that stay finite and differentiable on any picture, blank ones included. From these come the dense
 rewards, the sparse success and the codes for the entropy of what a policy draws.
 
-Scale of the rewards: each asked thing that plainly holds costs about 0.1 nat, and each one that
-plainly does not about 4.7 nats: minus the log of what label smoothing leaves to a wrong class.
+Scale of the rewards: the mean probability that what is asked holds, from 0 to 1.
 
 Dimensions: B pictures, H = W = 28 pixels, P = 64 patches of 49 pixels, K = 11 classes,
 F = 4 factors (digit, weight, slant, size). A factor of style takes LOW, MIDDLE or HIGH.
@@ -31,12 +30,10 @@ FACTORS = ("digit", "weight", "slant", "size")
 NO_DIGIT = 10
 LOW, MIDDLE, HIGH = 0, 1, 2
 FACTOR_SIZES = (11, 3, 3, 3)  # how many values `read_factors` may give for each factor
-FLOOR = -10.0  # nats; no reward is lower
 STANDARD_SIZE = 20.0  # pixels: the box that the original digits were scaled to
 SMOOTHING = 0.1  # label smoothing: what is left to the classes that do not hold
 STEEPNESS = 5.0  # logits between the low and the high threshold of a measurement
 
-_LEAST = SMOOTHING / (NO_DIGIT + 1)  # the least probability of anything asked
 _WINDOW, _STRIDE, _CHANNELS, _HIDDEN = 7, 3, 32, 128
 
 
@@ -273,21 +270,21 @@ def _training_batch(images: Array, labels: Array, key: Array, batch: int) -> tup
 
 
 def reward(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
-    """Asked digit and asked style together: digit + style, `[B] f32`, >= -10."""
-    classes = classify(params["classifier"], images)
-    total = _digit_score(classes, batch) + _style_score(classes, images, batch, params)
-    return jnp.maximum(total, FLOOR)
+    """Mean probability of all asked things, the digit and the words of style; `[B] f32` in [0, 1].
+
+    A mean of probabilities, not a log: the log is highest on pictures that leave everything open.
+    """
+    return _mean_asked(_holds(images, batch, params), batch["target"])
 
 
 def digit_reward(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
-    """log p(asked digit | picture), `[B] f32`, >= -10."""
-    return jnp.maximum(_digit_score(classify(params["classifier"], images), batch), FLOOR)
+    """p(asked digit | picture), `[B] f32` in [0, 1]."""
+    return _mean_asked(_holds(images, batch, params)[:, :1], batch["target"][:, :1])
 
 
 def style_reward(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
-    """log p(some digit | picture) + the scores of the asked words of style, `[B] f32`, >= -10."""
-    classes = classify(params["classifier"], images)
-    return jnp.maximum(_style_score(classes, images, batch, params), FLOOR)
+    """Mean probability of the asked words of style; `[B] f32` in [0, 1], 1 where none is asked."""
+    return _mean_asked(_holds(images, batch, params)[:, 1:], batch["target"][:, 1:])
 
 
 def read_factors(images: Array, params: Params) -> Array:
@@ -314,25 +311,25 @@ def success(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
     return held.all(-1).astype(jnp.float32)
 
 
-def _digit_score(classes: Array, batch: Mapping[str, Array]) -> Array:
-    """log p(asked digit), `[B]`, from `[B, K]` log-probabilities."""
-    asked = batch["target"][:, :1]
-    return jnp.take_along_axis(classes, jnp.maximum(asked, 0), axis=-1)[:, 0] * (asked[:, 0] >= 0)
+def _mean_asked(holds: Array, target: Array) -> Array:
+    """Mean of holds `[B, F]` over the asked factors; 1 where nothing is asked."""
+    asked = target >= 0
+    missed = jnp.where(asked, 1 - holds, 0.0).sum(-1)
+    return 1 - missed / jnp.maximum(asked.sum(-1), 1)
 
 
-def _style_score(
-    classes: Array, images: Array, batch: Mapping[str, Array], params: Params
-) -> Array:
-    """log p(some digit) plus, for each asked word, log of a logistic in the measurement, `[B]`.
+def _holds(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
+    """Probability `[B, F]` that each factor is as asked; meaningless where nothing is asked.
 
-    The logistic is centred on the word's own threshold and runs over STEEPNESS logits between the
-    two thresholds. Style is a property of a digit, so a picture that is none pays here as well.
+    For a word of style: a logistic in the measurement, centred on the word's own threshold and running
+    over STEEPNESS logits between the two thresholds, times p(some digit), as style is a property of a digit.
     """
-    target = batch["target"][:, 1:]
+    target = batch["target"]
+    classes = jnp.exp(classify(params["classifier"], images))
+    digit = jnp.take_along_axis(classes, jnp.maximum(target[:, :1], 0), axis=-1)
     measured = jnp.stack(measure(images), axis=-1)
     low, high = params["low"][None], params["high"][None]
-    above = jnp.where(target == HIGH, measured - high, low - measured)
-    holds = jax.nn.sigmoid(STEEPNESS * above / (high - low))
-    words = jnp.where(target >= 0, jnp.log(_LEAST + (1 - SMOOTHING) * holds), 0.0)
-    some_digit = jax.nn.logsumexp(classes[:, :NO_DIGIT], axis=-1)
-    return some_digit + words.sum(-1)
+    beyond = jnp.where(target[:, 1:] == HIGH, measured - high, low - measured)
+    words = jax.nn.sigmoid(STEEPNESS * beyond / (high - low))
+    some_digit = 1 - classes[:, NO_DIGIT:]
+    return jnp.concatenate([digit, words * some_digit], axis=-1)

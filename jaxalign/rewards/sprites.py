@@ -40,7 +40,6 @@ from jax.nn import logsumexp
 
 from jaxalign.core.types import Array
 
-FLOOR = -10.0
 TARGETS = ("shape", "colour", "texture", "place", "relation", "second shape")
 FACTORS = (
     "filled cells",
@@ -116,28 +115,28 @@ def posterior(images: Array, params: Params) -> Posterior:
 
 
 def early(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
-    """Log-posterior of the asked places, whatever is there; `[B] f32` in [-10, 0].
+    """Posterior of the asked places, whatever is there; `[B] f32` in [0, 1].
 
     A caption without place or relation asks for exactly one thing, anywhere.
     batch: "target", `[B, 6] int32`, columns TARGETS, -1 where nothing is asked.
     """
-    log_p = _log_where(posterior(images, params), batch["target"])
-    return jnp.maximum(log_p, FLOOR)
+    return jnp.exp(_log_where(posterior(images, params), batch["target"]))
 
 
 def late(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
-    """Log-posterior of the asked texture, else colour, else shapes; `[B] f32` in [-10, 0]."""
-    target = _late_target(batch["target"])
-    anywhere = jnp.full_like(target[:, 3], -1)
-    log_p = _log_what(posterior(images, params), target, anywhere, anywhere)
-    return jnp.maximum(log_p, FLOOR)
+    """Posterior of the asked texture, else colour, else shapes; `[B] f32` in [0, 1]."""
+    return _look(posterior(images, params), _late_target(batch["target"]))
 
 
 def mixed(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
-    """Log-posterior of everything that the caption asks, together; `[B] f32` in [-10, 0]."""
+    """Mean of the posteriors of the asked places, of the late look and of the shapes; `[B] f32` in [0, 1].
+
+    A mean of probabilities, not a log: the log is highest on pictures that leave everything open.
+    """
     post, target = posterior(images, params), batch["target"]
-    log_p = _log_where(post, target) + _log_what(post, target, target[:, 3], target[:, 4])
-    return jnp.maximum(log_p, FLOOR)
+    shapes = jnp.where(np.isin(np.arange(6), (0, 4, 5))[None, :], target, -1)
+    parts = (jnp.exp(_log_where(post, target)), _look(post, _late_target(target)), _look(post, shapes))
+    return sum(parts) / 3
 
 
 def success(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
@@ -243,6 +242,12 @@ def _normalise(log_p: Array) -> Array:
 
 def _log_where(post: Posterior, target: Array) -> Array:
     return logsumexp(post.where, axis=-1, where=_asked_fillings(target))
+
+
+def _look(post: Posterior, target: Array) -> Array:
+    """Posterior of the asked looks, wherever they are; `[B]`."""
+    anywhere = jnp.full_like(target[:, 3], -1)
+    return jnp.exp(_log_what(post, target, anywhere, anywhere))
 
 
 def _log_what(post: Posterior, target: Array, place: Array, relation: Array) -> Array:

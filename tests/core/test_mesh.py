@@ -16,7 +16,8 @@ def test_parse_mesh():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "data", "data=", "data=x", "data=2;fsdp=2", "data=0", "data=-2", "a=-1,b=-1", "a=2,a=4"]
+    "text",
+    ["", "data", "data=", "data=x", "data=2;fsdp=2", "data=0", "data=-2", "a=-1,b=-1", "a=2,a=4"],
 )
 def test_parse_mesh_refuses(text):
     with pytest.raises(UserError, match="mesh"):

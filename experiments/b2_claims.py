@@ -1,0 +1,167 @@
+"""The paper's comparisons, for real: every arm on every setting, learning rates tuned on other seeds.
+
+    python -m experiments.b2_diffurl claims --workdir runs/claims [--resume]
+
+First each arm runs with each learning rate of one grid on seeds of their own, and takes the rate with the
+best final training reward; then it runs with that rate on the seeds that count. All arms get the same
+reward evaluations, optimizer steps and step weighting. Jobs are single runs, shared out to worker
+processes of one core each, which on small networks do more together than one process on all cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import cli
+from experiments.pictures import ARMS, Experiment, Lab, make_lab, small, train_arm
+from jaxalign.core import metrics
+from jaxalign.core.types import UserError
+
+SETTINGS = {
+    "sprites-early": Experiment(world="sprites", grammar="place", reward="early"),
+    "sprites-late": Experiment(world="sprites", grammar="place", reward="late"),
+    "sprites-mixed": Experiment(world="sprites", grammar="place", reward="mixed"),
+    "digits": Experiment(world="digits", reward="digits"),
+}
+TUNING = {"sprites-early": "sprites-mixed", "sprites-late": "sprites-mixed"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims:
+    """What is compared."""
+
+    settings: tuple[str, ...] = tuple(SETTINGS)
+    arms: tuple[str, ...] = tuple(ARMS)
+    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+    tuning_seeds: int = 2
+    seeds: int = 8
+    stages: int = 24
+    workers: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("settings", SETTINGS), ("arms", ARMS)):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise UserError(f"{name}: {value!r} is not one of {', '.join(known)}; give some of these")
+        if min(self.tuning_seeds, self.seeds, self.stages, self.workers) < 1 or not self.rates:
+            raise UserError("tuning_seeds, seeds, stages and workers must be at least 1, and rates not empty")
+
+
+class Job(NamedTuple):
+    """One run: an arm of a setting with a learning rate and a seed, and its folder."""
+
+    setting: str
+    arm: str
+    rate: float
+    seed: int
+    stages: int
+    directory: Path
+
+    @property
+    def done(self) -> bool:
+        return (self.directory / "result.json").exists()
+
+
+def tuned_on(setting: str, settings: tuple[str, ...]) -> str:
+    """The setting whose rates this one takes: within a world, one grid search serves all rewards."""
+    other = TUNING.get(setting, setting)
+    return other if other in settings else setting
+
+
+def tuning_jobs(root: Path, claims: Claims) -> Iterator[Job]:
+    for setting in dict.fromkeys(tuned_on(s, claims.settings) for s in claims.settings):
+        for arm in claims.arms:
+            for rate in claims.rates:
+                for seed in range(1000, 1000 + claims.tuning_seeds):
+                    folder = root / "tuning" / setting / arm / f"{rate:g}" / f"seed-{seed}"
+                    yield Job(setting, arm, rate, seed, claims.stages, folder)
+
+
+def chosen_rates(root: Path, claims: Claims) -> dict[tuple[str, str], float]:
+    """For each (tuning setting, arm) the rate with the highest mean final training reward."""
+    rewards: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for job in tuning_jobs(root, claims):
+        final = json.loads((job.directory / "result.json").read_text())["train/reward"]
+        rewards.setdefault((job.setting, job.arm), {}).setdefault(job.rate, []).append(final)
+    return {key: max(by, key=lambda rate: sum(by[rate])) for key, by in rewards.items()}
+
+
+def final_jobs(root: Path, claims: Claims, rates: dict[tuple[str, str], float]) -> Iterator[Job]:
+    """Seed by seed, so that a run that is cut short has complete comparisons of fewer seeds."""
+    for seed in range(claims.seed, claims.seed + claims.seeds):
+        for setting in claims.settings:
+            for arm in claims.arms:
+                rate = rates[tuned_on(setting, claims.settings), arm]
+                folder = root / setting / f"seed-{seed}" / arm
+                yield Job(setting, arm, rate, seed, claims.stages, folder)
+
+
+# --- workers ---------------------------------------------------------------------------------------------
+
+_labs: dict[tuple[str, str], Lab] = {}
+
+
+def start_worker(cores: multiprocessing.Queue) -> None:
+    """Binds the process to one core before JAX starts its threads, and keeps compiled programs on disk."""
+    import jax
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores.get()})
+    os.environ["JAXALIGN_PROGRESS"] = "off"
+    jax.config.update("jax_platforms", "cpu")
+    cli.keep_compiled_programs()
+
+
+def run_job(job: Job) -> Job:
+    """Trains one arm from its first stage; a job cut short leaves no result and starts again."""
+    config = dataclasses.replace(
+        SETTINGS[job.setting],
+        b2=small(stages=job.stages, learning_rate=job.rate),
+        evaluate_every=max(job.stages // 4, 1),
+        save_every=job.stages,
+        seed=job.seed,
+    )
+    where = config.world, config.grammar
+    if where not in _labs:
+        _labs[where] = make_lab(config)
+    train_arm(_labs[where], config, job.arm, job.directory, resume=True)
+    return job
+
+
+def run_jobs(jobs: list[Job], workers: int, title: str) -> None:
+    """All jobs that have no result yet, `workers` at a time, with a progress bar."""
+    missing = [job for job in jobs if not job.done]
+    if not missing:
+        return
+    context = multiprocessing.get_context("spawn")
+    cores: multiprocessing.Queue = context.Queue()
+    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    for worker in range(workers):
+        cores.put(available[worker % len(available)])
+    done = len(jobs) - len(missing)
+    with (
+        context.Pool(workers, start_worker, (cores,)) as pool,
+        metrics.Progress(len(jobs), title, done) as bar,
+    ):
+        for job in pool.imap_unordered(run_job, missing):
+            done += 1
+            bar.update(done)
+            print(f"{job.setting} {job.arm} {job.rate:g} seed {job.seed}", file=sys.stderr)
+
+
+def run(root: Path, claims: Claims) -> None:
+    """Tunes, runs, and leaves everything under `root`."""
+    for setting in claims.settings:  # the base models, once, before the workers ask for them
+        make_lab(SETTINGS[setting])
+    run_jobs(list(tuning_jobs(root, claims)), claims.workers, "tuning")
+    rates = chosen_rates(root, claims)
+    metrics.write_json(root / "rates.json", {f"{s}/{a}": rate for (s, a), rate in rates.items()})
+    run_jobs(list(final_jobs(root, claims, rates)), claims.workers, "runs")

@@ -1,0 +1,484 @@
+"""Reports: `python -m experiments.report [WORKDIR ...]`.
+
+With work directories: `report.html` and its pictures in each, from the files that the run left.
+Without: RESULTS.md, from the committed result files in `experiments/results/`. Such a file is
+
+    {"title": str, "command": str, "hardware": str, "date": str, "seeds": [int], "notes": [str],
+     "tables": [{"title": str, "columns": [str], "rows": [[cell]]}], "figures": ["relative.png"]}
+
+where a cell is text, {"value": x} or {"mean": x, "low": a, "high": b}; the last two are formatted
+here, so that numbers look alike everywhere. Figures are named relative to the result file.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import cli, comparison
+from experiments.comparison import LISTS, REWARD, Comparison, Samples
+from experiments.statistics import Estimate, mean_interval, paired_difference
+from jaxalign.core.metrics import replacing
+from jaxalign.core.types import UserError
+
+COMMAND = "python -m experiments.report"
+HERE = Path(__file__).parent
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def number(value: float, decimals: int | None = None) -> str:
+    """The number with three figures, whole ones and large ones in full; "-" for none.
+
+    decimals: how many, where not by size.
+    """
+    if value is None or not math.isfinite(value):
+        return "-"
+    if decimals is None and 0 < abs(value) < 1e-4:
+        return f"{value:.2e}"
+    if decimals is None:
+        whole = value == round(value) or abs(value) >= 100
+        decimals = 0 if whole else min(6, max(0, 2 - math.floor(math.log10(abs(value)))))
+    text = f"{value:,.{decimals}f}"
+    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
+
+
+def interval(mean: float, low: float, high: float) -> str:
+    """Mean and "[low, high]" to two figures of the half-width; the mean alone without width."""
+    if low is None or high is None or not high - low > 1e-9 * abs(mean):
+        return number(mean)
+    decimals = min(5, max(0, 1 - math.floor(math.log10((high - low) / 2))))
+    mean_text, low_text, high_text = (number(x, decimals) for x in (mean, low, high))
+    return f"{mean_text} [{low_text}, {high_text}]"
+
+
+class Column(NamedTuple):
+    """A column of the table of final numbers: `head` over `sub`, and the metric."""
+
+    head: str
+    sub: str
+    metric: str
+    percent: bool = False
+
+
+COLUMNS = (
+    Column(REWARD, "train", "train/reward"),
+    Column(REWARD, "held-out", "heldout/reward"),
+    Column("success (%)", "train", "train/success", percent=True),
+    Column("success (%)", "held-out", "heldout/success", percent=True),
+    Column("entropy (nats)", "train", "train/entropy"),
+    Column("entropy (nats)", "held-out", "heldout/entropy"),
+    Column("distance", "train", "train/distance"),
+    Column("distance", "held-out", "heldout/distance"),
+    Column("KL to base (nats)", "train", "train/divergence"),
+    Column("KL to base (nats)", "held-out", "heldout/divergence"),
+    Column("reward", "evaluations", "reward_evaluations"),
+    Column("network", "evaluations", "network_evaluations"),
+    Column("network", "trained pairs", "trained_pairs"),
+    Column("network", "sum", "cost"),
+    Column("time", "s", "seconds"),
+)
+
+
+def final_numbers(run: Comparison) -> dict[str, list[Estimate]]:
+    """By "base" and arm: the number of each of COLUMNS at the last checkpoint, over seeds."""
+
+    def estimates(values: Mapping[str, np.ndarray]) -> list[Estimate]:
+        scales = {column.metric: 100 if column.percent else 1 for column in COLUMNS}
+        return [mean_interval(values[name] * scale) for name, scale in scales.items()]
+
+    names = [column.metric for column in COLUMNS]
+    table = {"base": estimates({name: comparison.base(run, name) for name in names})}
+    for arm in run.arms:
+        if runs := run.of(arm):
+            table[arm] = estimates({name: comparison.final(runs, name) for name in names})
+    return table
+
+
+def differences(run: Comparison) -> dict[str, list[Estimate]]:
+    """By arm but the first: reward minus that of the first, on each prompt list, paired by seed."""
+    first, *others = run.arms
+    table = {}
+    for arm in others:
+        seeds = [s for s in run.seeds if (arm, s) in run.runs and (first, s) in run.runs]
+        if len(seeds) > 1:
+            pair = [[run.runs[name, s] for s in seeds] for name in (arm, first)]
+            ends = [[comparison.final(runs, f"{x}/reward") for runs in pair] for x in LISTS]
+            table[arm] = [paired_difference(*end) for end in ends]
+    return table
+
+
+# --- the terminal --------------------------------------------------------------------------------
+
+# Metric, and the two lines over its column.
+_NARROW = {
+    "train/reward": ("reward", "train"),
+    "heldout/reward": ("reward", "held-out"),
+    "train/success": ("success", "train %"),
+    "heldout/success": ("success", "held-out %"),
+    "heldout/entropy": ("entropy", "held-out"),
+    "heldout/distance": ("distance", "held-out"),
+    "heldout/divergence": ("KL to base", "held-out"),
+    "reward_evaluations": ("reward", "evaluations"),
+    "cost": ("network", "evaluations*"),
+    "seconds": ("time", "s"),
+}
+
+
+def table(workdir: str | Path) -> str:
+    """The final numbers of a run as plain text; with several seeds the intervals below the means.
+
+    Raises: UserError when `workdir` is no run.
+    """
+    run = comparison.read(workdir)
+    metrics = [column.metric for column in COLUMNS]
+    lines = [["", *heads] for heads in zip(*_NARROW.values(), strict=True)]
+    for name, estimates in final_numbers(run).items():
+        parts = [_mean_and_range(estimates[metrics.index(metric)]) for metric in _NARROW]
+        lines.append([name, *(mean for mean, _ in parts)])
+        if any(ends for _, ends in parts):
+            lines.append(["", *(ends for _, ends in parts)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
+    if len(run.seeds) > 1:
+        text.append(f"Means over {len(run.seeds)} seeds, below them 95 % intervals.")
+    text.append("Reward from 0 to 1, entropy and KL in nats. * A trained pair counts as 3.")
+    text += [f"Not finished: {what}." for what in run.unfinished()]
+    return "\n".join(line.rstrip() for line in text)
+
+
+def _mean_and_range(estimate: Estimate) -> tuple[str, str]:
+    text = interval(float(estimate.mean), float(estimate.low), float(estimate.high))
+    mean, _, ends = text.partition(" ")
+    return mean, ends
+
+
+# --- report.html ---------------------------------------------------------------------------------
+
+CAPTIONS = {
+    "reward": "Reward against what it cost. Above training prompts, below prompts never trained "
+    "on. The evaluations use the same noise each time; the thin lines are the pictures sampled in "
+    "training. Time is that of the stages, with the compilation of the first, without evaluations.",
+    "samples-train": "Training prompts: pictures of the base, and of each arm at its end, from the "
+    "same noise.",
+    "samples-heldout": "Held-out prompts: pictures of the base, and of each arm at its end, from "
+    "the same noise.",
+    "diversity": "What the reward was paid with: entropy of the factors read off the pictures of a "
+    "prompt, their pairwise distance, and the KL of the whole denoising path to the base. Each "
+    "line leads from the base over the evaluations to the last checkpoint.",
+    "prompts": "Reward of each prompt, from the base (tick) to each arm's last checkpoint (end of "
+    "the bar).",
+    "stages": "The steps that are trained, counted from the picture's end, and the share of the "
+    "reward's variance that lies within branches (arms with branches only).",
+}
+
+_CSS = """
+body { max-width: 1100px; margin: 2em auto; padding: 0 1em; background: #fff; color: #222;
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6em; margin-bottom: .2em; }
+h2 { font-size: 1.2em; margin-top: 2em; }
+code { background: #f3f3f3; padding: .15em .4em; border-radius: 3px; font-size: .92em; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86em; }
+th, td { padding: .3em .55em; text-align: right; border-bottom: 1px solid #e3e3e3; }
+th { font-weight: 600; }
+thead th { border-bottom: 1px solid #999; }
+.group th { border: 0; text-align: center; }
+th:first-child, td:first-child { text-align: left; }
+.range { display: block; color: #777; font-size: .85em; white-space: nowrap; }
+figure { margin: 1.5em 0 2.5em; }
+figure img { max-width: 100%; height: auto; }
+figcaption, .note { color: #555; font-size: .92em; max-width: 52em; }
+details { margin: 1em 0; }
+summary { cursor: pointer; }
+.warning { color: #a33; }
+"""
+
+
+def build(workdir: str | Path) -> Path:
+    """Writes `report.html` and the PNG files into a run's directory; returns the page's path.
+
+    Raises: UserError when `workdir` is no run, matplotlib is missing, or the disk is full.
+    """
+    run = comparison.read(workdir)
+    try:
+        from experiments import plots
+    except ImportError as error:
+        raise UserError(
+            "the report needs matplotlib; pip install 'jaxalign[report]', then "
+            f"{COMMAND} {run.directory}"
+        ) from error
+    pictures = {}
+    for name, figure in plots.figures(run):
+        pictures[name] = plots.png(figure)
+        with replacing(run.directory / f"{name}.png") as temporary:
+            temporary.write_bytes(pictures[name])
+    target = run.directory / "report.html"
+    with replacing(target) as temporary:
+        temporary.write_text(page(run, pictures), encoding="utf-8")
+    return target
+
+
+def page(run: Comparison, pictures: Mapping[str, bytes]) -> str:
+    """The whole report as HTML that needs nothing else. pictures: PNG content by name."""
+    title = f"{run.env.get('experiment', 'run')} {run.env.get('preset', '')}".strip()
+    parts = [f"<h1>{_safe(title)}</h1>", _facts(run), "<h2>Final numbers</h2>", _final_table(run)]
+    parts += _difference_table(run)
+    for name, content in pictures.items():
+        parts.append(_figure(name, content))
+        if name == "prompts":
+            parts.append(_prompt_tables(run))
+    body = "\n".join(parts)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_safe(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _safe(text: Any) -> str:
+    return html.escape(str(text))
+
+
+def _facts(run: Comparison) -> str:
+    env = run.env
+    packages = ("python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = ", ".join(f"{name} {env[name]}" for name in packages if env.get(name))
+    device = (
+        f"{env.get('devices', '?')} x {env.get('device', '?')}, {env.get('cpus', '?')} processors"
+    )
+    seeds = ", ".join(map(str, run.seeds))
+    world = ", ".join(f"{n} {run.config[n]}" for n in ("world", "reward") if n in run.config)
+    lines = [f"<p>Made by <code>{_safe(env.get('command', 'an unknown command'))}</code></p>"]
+    facts = (world, f"seed{'s' if len(run.seeds) > 1 else ''} {seeds}", device, versions)
+    lines.append(f'<p class="note">{_safe("; ".join(fact for fact in facts if fact))}</p>')
+    if commit := env.get("commit"):
+        changed = ", with changes" if env.get("dirty") else ""
+        lines.append(f'<p class="note">Sources at {_safe(commit[:12])}{changed}</p>')
+    lines += [f'<p class="warning">Not finished: {_safe(what)}</p>' for what in run.unfinished()]
+    return "\n".join(lines)
+
+
+def _final_table(run: Comparison) -> str:
+    """What came out, and below it what it cost."""
+    quality = [i for i, column in enumerate(COLUMNS) if "/" in column.metric]
+    cost = [i for i in range(len(COLUMNS)) if i not in quality]
+    numbers = final_numbers(run)
+    tables = []
+    for shown in (quality, cost):
+        heads = [COLUMNS[i].head for i in shown]
+        spans = {head: heads.count(head) for head in heads}
+        top = "".join(f'<th colspan="{n}">{_safe(head)}</th>' for head, n in spans.items())
+        rows = [[name, *(_cell(row[i]) for i in shown)] for name, row in numbers.items()]
+        group = f'<tr class="group"><th></th>{top}</tr>'
+        tables.append(_html_table(["", *(COLUMNS[i].sub for i in shown)], rows, group))
+    several = f"Means over {len(run.seeds)} seeds with 95 % bootstrap intervals."
+    seeds = several if len(run.seeds) > 1 else "One seed, so no intervals."
+    quality_note = f"{seeds} All at the last checkpoint, which is not chosen by its numbers."
+    cost_note = (
+        "Sum: network evaluations plus three for each trained pair (one picture at one step, "
+        "forward and backward). Time: of the stages, compilation included, evaluations not."
+    )
+    return tables[0] + _note(quality_note) + tables[1] + _note(cost_note)
+
+
+def _difference_table(run: Comparison) -> list[str]:
+    found = differences(run)
+    if not found:
+        return []
+    rows = [[f"{arm} - {run.arms[0]}", *map(_cell, estimates)] for arm, estimates in found.items()]
+    heads = ["", *(f"{REWARD}, {title}" for title in LISTS.values())]
+    note = "Paired by seed, with 95 % bootstrap intervals; one that spans 0 shows no difference."
+    return [f"<h2>Difference to {_safe(run.arms[0])}</h2>", _html_table(heads, rows), _note(note)]
+
+
+def _cell(estimate: Estimate) -> str:
+    mean, ends = _mean_and_range(estimate)
+    return mean + (f'<span class="range">{ends}</span>' if ends else "")
+
+
+def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], group: str = "") -> str:
+    """heads and first cells are text, the other cells HTML. group: a line above the heads."""
+    head = "".join(f"<th>{_safe(text)}</th>" for text in heads)
+    lines = [
+        f"<tr><td>{_safe(row[0])}</td>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    ]
+    return (
+        f'<div class="wide"><table>\n<thead>{group}<tr>{head}</tr></thead>\n<tbody>\n'
+        + "\n".join(lines)
+        + "\n</tbody></table></div>\n"
+    )
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{_safe(text)}</p>'
+
+
+def _figure(name: str, content: bytes) -> str:
+    inline = base64.b64encode(content).decode("ascii")
+    caption = _safe(CAPTIONS.get(name, name))
+    return (
+        f'<figure id="{_safe(name)}"><img alt="{caption}" src="data:image/png;base64,{inline}">\n'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _prompt_tables(run: Comparison) -> str:
+    """The bars as numbers, folded away."""
+    parts = []
+    for name, title in LISTS.items():
+        before = comparison.base_samples(run, name)
+        columns = {"base": before}
+        for arm in run.arms:
+            after = [each.after[name] for each in run.of(arm) if name in each.after]
+            columns |= {arm: after} if after else {}
+        rows = _prompt_rows(columns)
+        heads = ["", *(f"{arm}{what}" for arm in columns for what in ("", ", success"))]
+        parts.append(f"<details><summary>{_safe(title.capitalize())}, one by one</summary>")
+        parts.append(_html_table(heads, rows) + "</details>")
+    return "\n".join(parts)
+
+
+def _prompt_rows(columns: Mapping[str, Sequence[Samples]]) -> list[list[str]]:
+    """Caption, then reward and success of each column, averaged over pictures and seeds."""
+    captions = next(iter(columns.values()))[0].prompts
+    rows: list[list[str]] = [[caption] for caption in captions]
+    for samples in columns.values():
+        for row, reward, success in zip(
+            rows,
+            np.mean([each.reward.mean(1) for each in samples], axis=0),
+            np.mean([each.success.mean(1) for each in samples], axis=0),
+            strict=True,
+        ):
+            row += [number(float(reward), 2), f"{100 * success:.0f} %"]
+    return rows
+
+
+# --- RESULTS.md ----------------------------------------------------------------------------------
+
+
+def build_results(results: Path = HERE / "results", target: Path = HERE / "RESULTS.md") -> Path:
+    """Writes RESULTS.md from all result files, by name; returns its path.
+
+    Raises: UserError for a result file that is not as the module's docstring says.
+    """
+    text = results_text(results, target.parent)
+    with replacing(target) as temporary:
+        temporary.write_text(text, "utf-8")
+    return target
+
+
+def results_text(results: Path, base: Path) -> str:
+    """RESULTS.md as text. results: the result files' directory. base: where RESULTS.md stands."""
+    sections = [result_section(path, base) for path in sorted(results.glob("*.json"))]
+    head = (
+        "# Results\n\n"
+        f"Generated by `{COMMAND}` from the files in `{results.name}/`: edit those, not this. "
+        "Numbers in brackets are 95 % intervals over seeds.\n"
+    )
+    return "\n".join([head, *(sections or ["No results yet.\n"])])
+
+
+_FIELDS: Mapping[str, type] = {
+    "title": str, "command": str, "hardware": str, "date": str,
+    "seeds": list, "notes": list, "tables": list, "figures": list,
+}  # fmt: skip
+
+
+def result_section(path: Path, base: Path) -> str:
+    """One result file as Markdown. base: the directory that figures are linked from."""
+    result = _read_result(path)
+    seeds = ", ".join(map(str, result["seeds"])) or "none"
+    lines = [f"## {result['title']}", "", f"`{result['command']}`", ""]
+    lines += [f"{result['hardware']}; {result['date']}; seeds {seeds}.", ""]
+    for each in result["tables"]:
+        lines += [f"### {each['title']}", "", *_markdown_table(each), ""]
+    for figure in result["figures"]:
+        link = Path(os.path.relpath(path.parent / figure, base))
+        lines += [f"![{result['title']}]({link.as_posix()})", ""]
+    lines += [f"- {note}" for note in result["notes"]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); mend it") from error
+    if not isinstance(result, dict):
+        raise UserError(f"{path}: must hold one JSON object; mend it")
+    for name, kind in _FIELDS.items():
+        if not isinstance(result.get(name), kind):
+            raise UserError(f"{path}: {name} must be there and be a {kind.__name__}; mend it")
+    for each in result["tables"]:
+        if not isinstance(each, dict) or not {"title", "columns", "rows"} <= set(each):
+            raise UserError(f"{path}: a table needs title, columns and rows; mend it")
+        if uneven := [row for row in each["rows"] if len(row) != len(each["columns"])]:
+            raise UserError(
+                f"{path}: table {each['title']!r} has {len(each['columns'])} columns, but the row "
+                f"{uneven[0]!r} has {len(uneven[0])}; mend it"
+            )
+        cells = [cell for row in each["rows"] for cell in row if isinstance(cell, dict)]
+        if odd := [cell for cell in cells if not {"mean", "value"} & set(cell)]:
+            raise UserError(f"{path}: the cell {odd[0]!r} has neither mean nor value; mend it")
+    for figure in result["figures"]:
+        if not (path.parent / figure).is_file():
+            raise UserError(
+                f"{path}: the figure {figure} is not beside it; add it, or drop its name"
+            )
+    return result
+
+
+def _markdown_table(content: Mapping[str, Any]) -> list[str]:
+    rows = [[_markdown_cell(cell) for cell in row] for row in content["rows"]]
+    heads = [_markdown_cell(head) for head in content["columns"]]
+    numeric = [
+        all(not isinstance(row[i], str) for row in content["rows"]) for i in range(len(heads))
+    ]
+    rule = ["---:" if content["rows"] and right else "---" for right in numeric]
+    return ["| " + " | ".join(row) + " |" for row in (heads, rule, *rows)]
+
+
+def _markdown_cell(cell: Any) -> str:
+    if isinstance(cell, Mapping) and "mean" in cell:
+        return interval(cell["mean"], cell.get("low"), cell.get("high"))
+    if isinstance(cell, Mapping):
+        return number(cell["value"])
+    if isinstance(cell, float | int) and not isinstance(cell, bool):
+        return number(cell)
+    return str(cell).replace("|", "\\|").replace("\n", " ")
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Rebuilds what is asked for and prints where it is; ends the process unless that went well."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ("-h", "--help") for word in words):
+        print(f"{COMMAND} [WORKDIR ...]\n\n{__doc__}")
+        return
+    with cli.exit_codes():
+        if flags := [word for word in words if word.startswith("-")]:
+            raise UserError(f"no option {flags[0]}; it is {COMMAND} [WORKDIR ...]")
+        for word in words:
+            print(build(word))
+        if not words:
+            print(build_results())
+
+
+if __name__ == "__main__":
+    main()
