@@ -19,13 +19,13 @@ def digits() -> Experiment:
     return Experiment(
         world="digits",
         reward="digits",
-        b2=small(stages=30, learning_rate=5e-4),
+        b2=small(stages=30),
     )
 
 
 def sprites() -> Experiment:
     """Procedural pictures with an exact oracle."""
-    return Experiment(world="sprites", reward="mixed", b2=small(stages=40, learning_rate=5e-4))
+    return Experiment(world="sprites", reward="mixed", b2=small(stages=40))
 
 
 def tiny() -> Experiment:
@@ -37,7 +37,7 @@ def tiny() -> Experiment:
         network=Network(width=16, depth=1, heads=2),
         base=denoising.Config(updates=20, batch=16),
         b2=dataclasses.replace(
-            small(stages=3, learning_rate=1e-3), groups=8, branches=(2,), steps=4, suffix_start=3, suffix_stop=4
+            small(stages=3), groups=8, branches=(2,), steps=4, suffix_start=3, suffix_stop=4
         ),
         evaluate_every=3,
         pictures=2,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,12 +24,14 @@ from jaxalign.core import metrics as sinks
 from jaxalign.core.checkpoint import Checkpoints, cached
 from jaxalign.core.loop import Hook, fit
 from jaxalign.core.state import TrainState
-from jaxalign.core.types import Array, Model, NonFinite, Params, UserError
+from jaxalign.core.types import Array, Model, NonFinite, Params, PyTree, UserError
 from jaxalign.data import world as worlds
 from jaxalign.data.world import Prompts, World
 from jaxalign.methods import b2_diffurl, denoising
 from jaxalign.models.patch_transformer import patch_transformer, token_embedding
 from jaxalign.ops import diffusion, diversity
+from jaxalign.rewards import jpeg
+from jaxalign.rewards.host import HostReward, to_uint8
 from jaxalign.rollout.diffusion import Predict, denoise, guided, path_divergence
 
 ALPHAS = diffusion.scaled_linear_alphas()
@@ -56,7 +59,7 @@ class Experiment:
 
     world: Literal["sprites", "digits"] = "digits"
     grammar: str = "all"  # sprites: place, colour, relation or all
-    reward: str = "mixed"
+    reward: str = "mixed"  # one of the world's; compressibility, incompressibility: JPEG size
     prompts: str = ""  # a JSON list of captions to train on instead of the world's own
     arms: tuple[str, ...] = ("ddpo", "official", "telescope")
     network: Network = Network()
@@ -93,9 +96,16 @@ def _whole_path(c: b2_diffurl.Config) -> b2_diffurl.Config:
 
 
 def _telescope(c: b2_diffurl.Config) -> b2_diffurl.Config:
+    """Pairs of branches, split at half the steps: as many pictures from more initial noises."""
     half = c.steps // 2
     return dataclasses.replace(
-        c, suffix_start=half, suffix_stop=half, growth="clock", estimator="telescope"
+        c,
+        groups=c.groups * c.leaves // 2,
+        branches=(2,),
+        suffix_start=half,
+        suffix_stop=half,
+        growth="clock",
+        estimator="telescope_shrunk",
     )
 
 
@@ -110,7 +120,7 @@ ARMS: Mapping[str, Arm] = {
     "official": lambda c: dataclasses.replace(c, estimator="official"),
     # B2-DiffuRL with a leave-one-out baseline among the branches
     "loo": lambda c: dataclasses.replace(c, estimator="branch_loo"),
-    # credit for prefix and suffix from nested branch means, split fixed at half the steps
+    # credit for prefix and suffix from branch means, with shrunken baselines; every step trained
     "telescope": _telescope,
     # control: selection of the best and the worst without branches, with backward training
     "extremes": lambda c: dataclasses.replace(_independent(c), estimator="extremes"),
@@ -130,9 +140,10 @@ def make_world(config: Experiment) -> World:
         from jaxalign.data import digits
 
         world = digits.world()
-    if config.reward not in world.rewards:
+    known = [*world.rewards, *jpeg.REWARDS]
+    if config.reward not in known:
         raise UserError(
-            f"reward = {config.reward!r}: the {world.name} world has {', '.join(world.rewards)}; give one of these"
+            f"reward = {config.reward!r}: the {world.name} world has {', '.join(known)}; give one of these"
         )
     if config.prompts:
         world = world._replace(train=worlds.load_prompt_file(config.prompts, world))
@@ -205,29 +216,41 @@ class Evaluation(NamedTuple):
     divergence: Array
 
 
-def evaluate(
+class Drawn(NamedTuple):
+    """The pictures of an evaluation, with what a reward may know of each (`b2_diffurl.Reward`)."""
+
+    images: Array
+    batch: dict[str, Any]
+    divergence: Array
+
+
+def draw(
     predict: Predict,
-    world: World,
-    reward: str,
+    shape: tuple[int, ...],
     params: Params,
     reference: Params,
     task: b2_diffurl.Task,
     prompt: Array,
     key: Array,
-) -> Evaluation:
+) -> Drawn:
     """Pictures of the prompts `[B] i32` of `task` from fixed noise. Traceable."""
     start_key, path_key = jax.random.split(key)
-    start = jax.random.normal(start_key, (prompt.shape[0], *world.image_shape))
+    start = jax.random.normal(start_key, (prompt.shape[0], *shape))
     context = task.rows(prompt)
     images, path, _ = denoise(predict, params, task.sampler, start, context, path_key)
     divergence = path_divergence(predict, params, reference, task.sampler, path, context)
-    batch = {"target": task.target[prompt]}
+    return Drawn(images, {"prompt": prompt, "target": task.target[prompt]}, divergence.sum(0))
+
+
+def read(world: World, drawn: Drawn, reward: Array, params: PyTree) -> Evaluation:
+    """What the world sees in the pictures; their rewards `[B]` come from elsewhere. Traceable."""
+    images, batch, divergence = drawn
     return Evaluation(
         images,
-        world.rewards[reward](images, batch, task.reward),
-        world.success(images, batch, task.reward),
-        worlds.factor_code(world.factors(images, task.reward), world.factor_sizes),
-        divergence.sum(0),
+        reward,
+        world.success(images, batch, params),
+        worlds.factor_code(world.factors(images, params), world.factor_sizes),
+        divergence,
     )
 
 
@@ -276,22 +299,62 @@ def make_task(lab: Lab, config: b2_diffurl.Config, prompts: Prompts) -> b2_diffu
     return jax.device_put(task, meshes.replicated(lab.mesh))
 
 
-def make_evaluation(lab: Lab, config: Experiment, b2: b2_diffurl.Config) -> Callable[[TrainState], dict]:
+def make_evaluation(
+    lab: Lab, config: Experiment, b2: b2_diffurl.Config, host: HostReward | None
+) -> Callable[[TrainState], dict[str, Evaluation]]:
     """`state -> {"train": Evaluation, "heldout": Evaluation}`, compiled; the same noise at every call."""
     predict = guided(lab.networks.net.apply, b2.guidance)
+    score = make_score(lab.world, config.reward, host)
     tasks = {name: make_task(lab, b2, getattr(lab.world, name)) for name in ("train", "heldout")}
 
     @jax.jit
-    def run(state: TrainState, tasks: dict[str, b2_diffurl.Task], key: Array) -> dict[str, Evaluation]:
+    def pictures(state: TrainState, tasks: dict[str, b2_diffurl.Task], key: Array) -> dict[str, Drawn]:
         params, base = b2_diffurl.policy_params(state, b2), b2_diffurl.reference_params(state)
         rows = {n: jnp.repeat(jnp.arange(t.context.shape[0]), config.pictures) for n, t in tasks.items()}
         return {
-            name: evaluate(predict, lab.world, config.reward, params, base, task, rows[name], key)
+            name: draw(predict, lab.world.image_shape, params, base, task, rows[name], key)
             for name, task in tasks.items()
         }
 
+    finish = jax.jit(functools.partial(read, lab.world))
     key = jax.device_put(jax.random.key(10_000 + config.seed), meshes.replicated(lab.mesh))
-    return lambda state: run(state, tasks, key)
+
+    def run(state: TrainState) -> dict[str, Evaluation]:
+        drawn, params = pictures(state, tasks, key), tasks["train"].reward
+        rewards = {name: score(d.images, d.batch, params) for name, d in drawn.items()}
+        return {name: finish(d, rewards[name], params) for name, d in drawn.items()}
+
+    return run
+
+
+# --- rewards, of the world and of the host -----------------------------------------------------------
+
+
+def open_reward(config: Experiment) -> HostReward | None:
+    """The run's reward where it is one of the host, to be closed; None for a reward of the world."""
+    if config.reward not in jpeg.REWARDS:
+        return None
+    return HostReward(config.reward, jpeg.REWARDS[config.reward])
+
+
+def make_score(world: World, reward: str, host: HostReward | None) -> Callable[..., Array | np.ndarray]:
+    """The run's reward to be called outside of compiled code, as a `b2_diffurl.Reward`."""
+    if host is None:
+        return jax.jit(world.rewards[reward])
+    return lambda images, batch, _: host.result(host.submit(to_uint8(images), batch))
+
+
+def make_stage(
+    lab: Lab, config: Experiment, b2: b2_diffurl.Config, host: HostReward | None
+) -> Callable[[TrainState, b2_diffurl.Task, Array], tuple[TrainState, dict[str, Array]]]:
+    """A stage of the run with either kind of reward."""
+    predict, shape = guided(lab.networks.net.apply, b2.guidance), lab.world.image_shape
+    rows = meshes.batch_sharding(lab.mesh)
+    if host is None:
+        reward = lab.world.rewards[config.reward]
+        return b2_diffurl.make_stage(predict, b2, shape, lambda x: x, reward, rows)
+    chunks = math.gcd(2, rows.shard_shape((b2.groups,))[0])  # as many as the devices can share
+    return b2_diffurl.make_host_stage(predict, b2, shape, lambda x: x, host, rows, chunks)
 
 
 class RatioIsOne:
@@ -324,15 +387,8 @@ def train_arm(
     key = jax.random.key(config.seed)
     state = b2_diffurl.init(b2, lab.base["net"], task.context.shape[0], key, LORA_RULE)
     state, key = jax.device_put((state, key), meshes.replicated(lab.mesh))
-    stage = b2_diffurl.make_stage(
-        guided(lab.networks.net.apply, b2.guidance),
-        b2,
-        lab.world.image_shape,
-        decode=lambda latents: latents,
-        reward=lab.world.rewards[config.reward],
-        rows=meshes.batch_sharding(lab.mesh),
-    )
-    evaluation = make_evaluation(lab, config, b2)
+    host = open_reward(config)
+    stage, evaluation = make_stage(lab, config, b2, host), make_evaluation(lab, config, b2, host)
     sample_grid = functools.partial(save_samples, lab.world, config.pictures, directory)
 
     def measure(state: TrainState, step: int) -> dict[str, Array]:
@@ -342,7 +398,10 @@ def train_arm(
         return {k: v for n, e in results.items() for k, v in summarise(e, config.pictures, n).items()}
 
     directory.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Checkpoints(directory / "ckpt")) as checkpoints:
+    with (
+        contextlib.closing(Checkpoints(directory / "ckpt")) as checkpoints,
+        host or contextlib.nullcontext(),
+    ):
         opened = open_sinks(config, directory, arm)
         state = fit(
             state,
@@ -388,7 +447,7 @@ def save_samples(
         images = np.asarray(jax.device_get(evaluation.images)).reshape(-1, pictures, *world.image_shape)
         reward = np.asarray(jax.device_get(evaluation.reward)).reshape(-1, pictures)
         success = np.asarray(jax.device_get(evaluation.success)).reshape(-1, pictures)
-        arrays[f"{name}/images"] = np.uint8(np.clip(images[:, :4] * 127.5 + 127.5, 0, 255))
+        arrays[f"{name}/images"] = np.asarray(to_uint8(images[:, :4]))
         arrays[f"{name}/prompts"] = np.array(getattr(world, name).text)
         arrays[f"{name}/reward"], arrays[f"{name}/success"] = reward, success
     with sinks.replacing(directory / f"samples-{when}.npz") as temporary, open(temporary, "wb") as file:
@@ -417,5 +476,7 @@ def small(**changes: Any) -> b2_diffurl.Config:
         updates=4,
         micro_batch=128,
         step_weight="drop_last",
+        kl_weight=0.02,
+        learning_rate=4e-4,
     )
     return dataclasses.replace(config, **changes)

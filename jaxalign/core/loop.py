@@ -78,6 +78,7 @@ def fit(
     sinks: Sequence[Sink] = (),
     hooks: Sequence[Hook] = (),
     title: str = "",
+    speed: tuple[int, str] = (1, "steps"),
     shown: Sequence[str] = (),
     put: Callable[[PyTree], PyTree] = jax.device_put,
     clock: Callable[[], float] = time.monotonic,
@@ -92,6 +93,7 @@ def fit(
     resume: go on from the newest checkpoint, if there is one. The sinks go back to it too.
     sinks: take one row a step: the step's metrics, those of the hooks run after it, and "seconds",
         the time spent on steps since step 0.
+    speed: what a step makes, for the progress bar: (160, "images").
     shown: names of metrics beside the progress bar.
     put: moves a host batch to the devices; with a mesh
         `lambda batch: jax.device_put(batch, batch_sharding(mesh))`.
@@ -102,7 +104,7 @@ def fit(
     state, key = _begin(state, key, checkpoints, resume)
     start = int(jax.device_get(state.step))
     seconds = _rewind(sinks, start) if resume else 0.0
-    with Progress(steps, title, start) as bar, _Signals() as signals:
+    with Progress(steps, title, start, speed) as bar, _Signals() as signals:
         record = _Record(sinks, seconds, clock, bar, shown, checkpoints)
         if start == 0:
             record.write(0, _run(hooks, state))

@@ -272,17 +272,23 @@ class Progress:
 
     total: the count at which the work is done.
     start: the count at which it begins, for a run that goes on.
+    speed: how many of which unit a step makes, such as (160, "images"); the first step, which
+        compiles, does not count.
     JAXALIGN_PROGRESS=off in the environment silences it.
     """
 
     seconds_between_lines = 10.0
 
-    def __init__(self, total: int, title: str = "", start: int = 0) -> None:
+    def __init__(
+        self, total: int, title: str = "", start: int = 0, speed: tuple[int, str] = (1, "steps")
+    ) -> None:
         self.total, self.title, self.start, self.step = total, title, start, start
+        self.speed = speed
         self.off = os.environ.get("JAXALIGN_PROGRESS") == "off"
         self._bar: Any = None
         self._shown: dict[str, float] = {}
         self._begin = self._printed = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the first step done, and when
 
     def __enter__(self) -> Progress:
         self._begin = self._printed = time.monotonic()
@@ -301,6 +307,8 @@ class Progress:
     def update(self, step: int, **shown: float | None) -> None:
         """Moves to `step`; metrics given by name are shown from then on."""
         self.step = step
+        if self._first is None and step > self.start:
+            self._first = step, time.monotonic()
         self._shown.update({name: value for name, value in shown.items() if value is not None})
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
@@ -315,14 +323,14 @@ class Progress:
 
     def line(self) -> str:
         """Count, speed, times and the metrics shown, as of now."""
-        done, seconds = self.step - self.start, time.monotonic() - self._begin
-        parts = [f"{self.step}/{self.total}"]
-        if done > 0 and seconds > 0:
-            rate = done / seconds
-            parts.append(f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step")
+        now, parts = time.monotonic(), [f"{self.step}/{self.total}"]
+        first, since = self._first or (self.step, now)
+        if self.step > first and now > since:
+            rate, (work, unit) = (self.step - first) / (now - since), self.speed
+            parts.append(f"{rate * work:.3g} {unit}/s")
             parts.append(f"{_clock((self.total - self.step) / rate)} left")
         parts += [f"{name} {value:.4g}" for name, value in self._shown.items()]
-        return "  ".join([*parts, f"{_clock(seconds)} gone"])
+        return "  ".join([*parts, f"{_clock(now - self._begin)} gone"])
 
     def _print(self) -> None:
         if not self.off:

@@ -23,8 +23,9 @@ Dimensions: T steps, G groups, K branches, W rows a group (trunk and branches), 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
+from jaxalign.core import mesh as meshes
 from jaxalign.core import state as states
 from jaxalign.core import step as steps
 from jaxalign.core.state import TrainState
@@ -40,9 +42,19 @@ from jaxalign.models import lora
 from jaxalign.ops import diffusion
 from jaxalign.ops import policy_gradient as pg
 from jaxalign.ops.diffusion import Sampler, StepWeight
+from jaxalign.rewards.host import HostReward, to_uint8
 from jaxalign.rollout.diffusion import Context, Predict, Rollout, branch, step_out
 
-Estimator = Literal["official", "branch_loo", "branch_z", "prompt_z", "grpo", "extremes", "telescope"]
+Estimator = Literal[
+    "official",
+    "branch_loo",
+    "branch_z",
+    "prompt_z",
+    "grpo",
+    "extremes",
+    "telescope",
+    "telescope_shrunk",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +112,7 @@ class Config:
     def _check_branches(self) -> None:
         if not self.branches or min(self.branches) < 1:
             raise UserError(f"branches = {self.branches}: give at least one number, each at least 1")
-        nested = self.estimator == "telescope"
+        nested = self.estimator.startswith("telescope")
         if len(self.branches) > 1 and not nested:
             raise UserError(
                 f"branches = {self.branches}: nested branchings need estimator telescope; give one number"
@@ -249,6 +261,8 @@ def credit(config: Config, rewards: Array, prompt: Array, pooled: pg.Moments) ->
     mean, std = pooled.mean[prompt], pooled.std()[prompt]
     if config.estimator == "telescope":
         return pg.telescope(rewards, mean, std, config.branches)
+    if config.estimator == "telescope_shrunk":
+        return pg.telescope_shrunk(rewards, mean, std, config.branches)
     leaf = {
         "official": lambda: pg.official(rewards, mean, std, config.threshold),
         "branch_loo": lambda: pg.branch_loo(rewards, std),
@@ -258,7 +272,7 @@ def credit(config: Config, rewards: Array, prompt: Array, pooled: pg.Moments) ->
         "extremes": lambda: pg.extremes(rewards, mean, std, config.threshold),
     }[config.estimator]()
     trunk = ((0, 0), (1, 0))  # one column, not trained
-    return pg.Credit(*(jnp.pad(a, trunk) for a in leaf))
+    return pg.Credit(jnp.pad(leaf.advantage, trunk), jnp.pad(leaf.keep, trunk))
 
 
 class Pairs(NamedTuple):
@@ -290,8 +304,10 @@ class PairBatch(NamedTuple):
     context: Context
 
 
-def gather(index: Array, weight: Array, samples: Samples, advantage: Array, task: Task) -> PairBatch:
-    """The pairs at flat indices `[M]` into [T, G, W]."""
+def gather(
+    index: Array, used: Array, samples: Samples, advantage: Array, weight: Array, task: Task
+) -> PairBatch:
+    """The pairs at flat indices `[M]` into [T, G, W]; used `[M] bool` is false on padding."""
     record = samples.record
     step, group, row = jnp.unravel_index(index, record.log_density.shape)
     return PairBatch(
@@ -300,7 +316,7 @@ def gather(index: Array, weight: Array, samples: Samples, advantage: Array, task
         step,
         record.log_density[step, group, row],
         advantage[group, row],
-        weight,
+        weight[group, row] * used,
         task.rows(samples.prompt[group]),
     )
 
@@ -349,8 +365,9 @@ def update(
     prompts = task.context.shape[0]
     now = pg.moments_by(jnp.repeat(samples.prompt, config.leaves), rewards.reshape(-1), prompts)
     history = pg.push(state.extra.history, now)
-    advantage, keep = credit(config, rewards, samples.prompt, pg.pool(history))
+    advantage, keep, row_weight = credit(config, rewards, samples.prompt, pg.pool(history))
     advantage = jnp.clip(advantage, -config.advantage_clip, config.advantage_clip)
+    row_weight = jnp.broadcast_to(row_weight, advantage.shape)
 
     record = samples.record
     weight = diffusion.step_weights(config.step_weight, task.sampler, _latent_change(record))
@@ -374,7 +391,7 @@ def update(
         def take(micro: Array) -> PairBatch:
             position = begin + micro * config.micro_batch + jnp.arange(config.micro_batch)
             index = pairs.order[jnp.minimum(position, pairs.order.shape[0] - 1)]
-            return gather(index, (position < end).astype(jnp.float32), samples, advantage, task)
+            return gather(index, position < end, samples, advantage, row_weight, task)
 
         count = -(-jnp.maximum(end - begin, 0) // config.micro_batch)
         gradient, metrics = steps.accumulate(
@@ -473,6 +490,79 @@ def make_stage(
         return update(predict, config, optimizer, state, task, samples, rewards, update_key)
 
     return jax.jit(stage, donate_argnums=0)
+
+
+def make_host_stage(
+    predict: Predict,
+    config: Config,
+    shape: tuple[int, ...],
+    decode: Callable[[Array], Array],
+    reward: HostReward,
+    rows: NamedSharding | None = None,
+    chunks: int = 2,
+) -> Callable[[TrainState, Task, Array], tuple[TrainState, dict[str, Array]]]:
+    """As `make_stage` with a reward on the host, which scores a chunk while the next is sampled.
+
+    decode: latents to pictures in [-1, 1]; the reward sees them as bytes. chunks: of the groups, each
+    sampled by the same compiled program; with one the samples are those of `make_stage`.
+    Raises: UserError when the groups cannot be shared out so, and what `reward.result` raises.
+    """
+    if chunks < 1 or config.groups % chunks:
+        raise UserError(
+            f"chunks = {chunks}: must be at least 1 and divide groups = {config.groups}; "
+            "change one of the two"
+        )
+    chunk = dataclasses.replace(config, groups=config.groups // chunks)
+    if rows is not None:
+        what = f"groups / {chunks} chunks ="
+        meshes.check_divisible(what, chunk.groups, rows.mesh)  # ty: ignore[invalid-argument-type]
+    optimizer = make_optimizer(config)
+
+    @jax.jit
+    def split(key: Array) -> list[Array]:
+        sample_key, update_key = jax.random.split(key)
+        return [*(jax.random.split(sample_key, chunks) if chunks > 1 else [sample_key]), update_key]
+
+    @jax.jit
+    def rollout(state: TrainState, task: Task, key: Array) -> tuple[Samples, Array, dict[str, Any]]:
+        samples = sample(predict, chunk, shape, rows, state, task, key)
+        pictures = to_uint8(decode(samples.pictures))
+        return samples, pictures, _reward_batch(chunk, task, samples.prompt)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def learn(
+        state: TrainState, task: Task, parts: list[Samples], rewards: list[Array], key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return update(predict, config, optimizer, state, task, *_join(parts, rewards), key)
+
+    def stage(state: TrainState, task: Task, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        *sample_keys, update_key = split(key)
+        parts, asked = [], []
+        for sample_key in sample_keys:
+            samples, pictures, batch = rollout(state, task, sample_key)
+            parts.append(samples)
+            asked.append(reward.submit(pictures, batch))
+        rewards = [jax.device_put(reward.result(a), rows or state.step.sharding) for a in asked]
+        return learn(state, task, parts, rewards, update_key)
+
+    return stage
+
+
+def _join(parts: Sequence[Samples], rewards: Sequence[Array]) -> tuple[Samples, Array]:
+    """Chunks as one. Their groups take turns, so that on a mesh each stays on its device."""
+    groups, record = parts[0].prompt.shape[0], parts[0].record
+
+    def join(arrays: Iterable[Array], axis: int = 0) -> Array:
+        grouped = [a.reshape(*a.shape[:axis], groups, -1, *a.shape[axis + 1 :]) for a in arrays]
+        joined = jnp.concatenate(grouped, axis + 1)
+        return joined.reshape(*joined.shape[:axis], -1, *joined.shape[axis + 2 :])
+
+    record = record._replace(
+        latents=join((part.record.latents for part in parts), 1),
+        log_density=join((part.record.log_density for part in parts), 1),
+    )
+    prompt, pictures = join(part.prompt for part in parts), join(part.pictures for part in parts)
+    return Samples(prompt, pictures, record), join(rewards)
 
 
 def _reward_batch(config: Config, task: Task, prompt: Array) -> dict[str, Any]:

@@ -113,6 +113,8 @@ def flow_sampler(steps: int, *, level: float = 0.7, shift: float = 1.0) -> Sampl
     """
     if level <= 0:
         raise UserError(f"level = {level}: a policy needs noise; give a positive level, such as 0.7")
+    if steps < 1 or shift <= 0:
+        raise UserError(f"steps = {steps}, shift = {shift}: both must be positive; try 10 and 1.0")
     grid = np.linspace(1.0, 0.0, steps + 1)
     grid = shift * grid / (1 + (shift - 1) * grid)
     t, dt = grid[:-1], grid[1:] - grid[:-1]

@@ -24,10 +24,14 @@ TINY = 1e-8
 
 
 class Credit(NamedTuple):
-    """advantage: `[G, W] f32`. keep: `[G, W] bool`, whether the row enters the loss."""
+    """advantage: `[G, W] f32`. keep: `[G, W] bool`, whether the row enters the loss.
+
+    weight: `[G, W] f32`, how much the row counts in the mean; or one number for all.
+    """
 
     advantage: Array
     keep: Array
+    weight: Array | float = 1.0
 
 
 class Moments(NamedTuple):
@@ -45,7 +49,10 @@ class Moments(NamedTuple):
 def moments_by(index: Array, values: Array, size: int) -> Moments:
     """Moments `[size]` of values `[N]` grouped by index `[N] i32`."""
     count = jnp.zeros(size).at[index].add(1.0)
-    mean = jnp.zeros(size).at[index].add(values) / jnp.maximum(count, 1)
+    # Means are taken around a member: that of equal values is then exact, and their deviation zero.
+    top = jnp.full(size, -jnp.inf).at[index].max(values)
+    around = jnp.where(count > 0, top, 0.0)
+    mean = around + jnp.zeros(size).at[index].add(values - around[index]) / jnp.maximum(count, 1)
     deviation = jnp.zeros(size).at[index].add((values - mean[index]) ** 2)
     return Moments(count, mean, deviation)
 
@@ -53,7 +60,9 @@ def moments_by(index: Array, values: Array, size: int) -> Moments:
 def pool(moments: Moments) -> Moments:
     """Merges sets along the leading axis: fields `[S, P]` -> `[P]`."""
     count = moments.count.sum(0)
-    mean = (moments.count * moments.mean).sum(0) / jnp.maximum(count, 1)
+    top = jnp.where(moments.count > 0, moments.mean, -jnp.inf).max(0)
+    around = jnp.where(count > 0, top, 0.0)
+    mean = around + (moments.count * (moments.mean - around[None])).sum(0) / jnp.maximum(count, 1)
     between = moments.count * (moments.mean - mean[None]) ** 2
     return Moments(count, mean, (moments.deviation + between).sum(0))
 
@@ -103,18 +112,25 @@ def _best_and_worst(z: Array, threshold: float) -> Array:
     return best | worst
 
 
+def _centred(rewards: Array) -> Array:
+    """Rewards `[G, K]` minus their group's mean; exactly zero where a group's rewards are equal, as
+    the last bit of a mean over a tiny spread would be a large advantage."""
+    apart = rewards - rewards[:, :1]
+    return apart - apart.mean(1, keepdims=True)
+
+
 def branch_loo(rewards: Array, scale: Array) -> Credit:
     """Reward minus the mean of its sibling branches, over `scale` ([] or [G]): unbiased, free of the prefix."""
     branches = rewards.shape[1]
-    advantage = (rewards - rewards.mean(1, keepdims=True)) * (branches / (branches - 1))
+    advantage = _centred(rewards) * (branches / (branches - 1))
     advantage = advantage / (jnp.broadcast_to(scale, rewards.shape[:1])[:, None] + TINY)
     return Credit(advantage, jnp.ones_like(advantage, bool))
 
 
 def branch_z(rewards: Array) -> Credit:
     """z-score among the sibling branches: every group counts alike, however little its branches differ."""
-    std = rewards.std(1, keepdims=True, ddof=1)
-    z = (rewards - rewards.mean(1, keepdims=True)) / (std + TINY)
+    centred = _centred(rewards)
+    z = centred / (centred.std(1, keepdims=True, ddof=1) + TINY)
     return Credit(z, jnp.ones_like(z, bool))
 
 
@@ -130,20 +146,59 @@ def telescope(rewards: Array, mean: Array, scale: Array, factors: Sequence[int])
     V of a row is the mean reward of the leaves below it, and V of nothing the prompt's mean. A stretch is
     credited with V(its end) - V(its start), where a row's own leaves are left out of its parent's V:
     (V - sibling mean) * K / (K - 1). Without that factor the credits along a path sum exactly to
-    reward - mean. rewards: `[G, prod(factors)]`; mean, scale: `[G]`; result `[G, W]`, trunk first.
+    reward - mean. A shared stretch counts once for each of its leaves, so that early and late steps weigh
+    as they do on independent paths. rewards: `[G, prod(factors)]`; mean, scale: `[G]`; result `[G, W]`,
+    trunk first.
     """
     advantages = []
-    for level in range(len(factors) + 1):
-        value = rewards.reshape(rewards.shape[0], math.prod(factors[:level]), -1).mean(-1)
+    for level, value in enumerate(nested_means(rewards - mean[:, None], factors)):
         if level == 0:
-            advantages.append(value - mean[:, None])
+            advantages.append(value)
             continue
         siblings = value.reshape(value.shape[0], -1, factors[level - 1])
         centred = siblings - siblings.mean(-1, keepdims=True)
         factor = factors[level - 1] / max(factors[level - 1] - 1, 1)
         advantages.append((centred * factor).reshape(value.shape))
+    return _tree_credit(advantages, scale)
+
+
+def telescope_shrunk(rewards: Array, mean: Array, scale: Array, factors: Sequence[int]) -> Credit:
+    """`telescope` with each baseline shrunk from the siblings' mean towards the parent's own baseline.
+
+    With few branches the mean of the siblings is itself noisy. Of row k with parent baseline b,
+
+        baseline_k = b + c * (mean of the other siblings - b),
+
+    where c is the least-squares slope over the whole batch, in [0, 1]: c = 0 is the prompt's mean (DDPO's
+    baseline), c = 1 the leave-one-out mean. A row's own reward does not enter its baseline.
+    Arguments and result as for `telescope`.
+    """
+    values = nested_means(rewards - mean[:, None], factors)
+    baseline = jnp.zeros_like(values[0])  # the prompt's mean
+    advantages = [values[0]]
+    for value, factor in zip(values[1:], factors, strict=True):
+        siblings = value.reshape(value.shape[0], -1, factor)
+        others = (siblings.sum(-1, keepdims=True) - siblings) / (factor - 1)
+        own, rest = siblings - baseline[:, :, None], others - baseline[:, :, None]
+        slope = jnp.clip((own * rest).sum() / ((rest**2).sum() + TINY), 0.0, 1.0)
+        advantages.append((own - slope * rest).reshape(value.shape))
+        baseline = (baseline[:, :, None] + slope * rest).reshape(value.shape)
+    return _tree_credit(advantages, scale)
+
+
+def nested_means(rewards: Array, factors: Sequence[int]) -> list[Array]:
+    """Mean reward of the leaves below each row, level by level from the trunk: `[G, 1]`, `[G, K1]`, ..."""
+    groups = rewards.shape[0]
+    rows = [math.prod(factors[:level]) for level in range(len(factors) + 1)]
+    return [rewards.reshape(groups, count, -1).mean(-1) for count in rows]
+
+
+def _tree_credit(advantages: list[Array], scale: Array) -> Credit:
+    """Levels side by side; each row weighs as many as the leaves below it."""
+    leaves = advantages[-1].shape[1]
+    weight = jnp.concatenate([jnp.full_like(a, leaves / a.shape[1]) for a in advantages], 1)
     advantage = jnp.concatenate(advantages, 1) / (scale[:, None] + TINY)
-    return Credit(advantage, jnp.ones_like(advantage, bool))
+    return Credit(advantage, jnp.ones_like(advantage, bool), weight)
 
 
 def within_share(rewards: Array, prompt: Array, prompts: int) -> Array:

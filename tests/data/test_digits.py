@@ -189,7 +189,7 @@ def test_every_digit_is_in_the_corpus(corpus):
 
 
 def test_impossible_noise_is_refused():
-    with pytest.raises(UserError, match="noise is 1.5"):
+    with pytest.raises(UserError, match=r"noise is 1\.5"):
         digits.world(noise=1.5)
 
 

@@ -1,0 +1,510 @@
+"""How fast a stage is, and beside what: `python -m experiments.bench rollout|update|stage`.
+
+Times the compiled program at the size of the `sprites` preset against the same algorithm as Python
+loops over compiled single steps (`bench_loops`) and, where torch is installed, against the same
+network and algorithm in torch (`bench_torch`), eager and compiled, at the threads and micro-batch
+that torch likes best. All are measured in turns in one process, so that a busy machine slows all
+of them alike. Weights are random: the time does not depend on them. One JSON line for each
+implementation on stdout, a table on stderr.
+
+What is counted:
+  - `ratio`: seconds over those of `jaxalign` in the same turn, the median over turns;
+  - `compile_seconds`: what the first run took longer than the median one;
+  - `network_evaluations`: rows through the network, in sampling and forward in training;
+  - `flops`: those of its matrix products by formula, of a trained pair three times a forward pass
+    (four under a KL penalty), padding not counted;
+  - `peak_memory_bytes`: the device's peak where it tells, else that of the whole process while this
+    implementation ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import resource
+import statistics as stats
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import cli
+from experiments.b2_diffurl import sprites
+from experiments.bench_loops import Batched, Loop, Pieces, Released
+from experiments.pictures import (
+    ALPHAS,
+    ARMS,
+    LORA_RULE,
+    Experiment,
+    Network,
+    make_networks,
+    make_world,
+)
+from jaxalign.core.metrics import environment
+from jaxalign.core.state import TrainState
+from jaxalign.core.types import Params, UserError
+from jaxalign.data.world import World
+from jaxalign.methods import b2_diffurl
+from jaxalign.ops import diffusion
+from jaxalign.rollout.diffusion import Predict, guided
+
+Case = Literal["rollout", "update", "stage"]
+COMPILED = "jaxalign"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Sizes and comparisons."""
+
+    case: Case
+    b2: b2_diffurl.Config  # its split stays at suffix_start
+    network: Network = Network()
+    repeats: int = 15  # of every implementation, in turns
+    loops: bool = True  # compare with Python loops
+    torch: bool = True  # compare with torch, where it is installed
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise UserError(f"repeats = {self.repeats}: must be at least 1")
+
+
+def preset(case: Case) -> Bench:
+    """The arm `official` of `sprites`, as in its first stages."""
+    config = ARMS["official"](sprites().b2)
+    return Bench(case, dataclasses.replace(config, suffix_stop=config.suffix_start))
+
+
+def rollout() -> Bench:
+    """Sampling the trees of a stage."""
+    return preset("rollout")
+
+
+def update() -> Bench:
+    """Selection and all optimizer steps of a stage, on given pictures."""
+    return preset("update")
+
+
+def stage() -> Bench:
+    """A whole stage: sample, score, select, update."""
+    return preset("stage")
+
+
+CASES = {"rollout": rollout, "update": update, "stage": stage}
+
+
+# --- what is timed -------------------------------------------------------------------------------
+
+# Works once, until all results are there, and returns them.
+Thunk = Callable[[], Any]
+
+
+class Variant(NamedTuple):
+    """An implementation. prepare: number of the run -> thunk; its own time does not count."""
+
+    name: str
+    prepare: Callable[[int], Thunk]
+    read_pairs: Callable[[Any], int]
+    note: str = ""
+
+
+class Problem(NamedTuple):
+    """What all implementations are given. state: not donated, copied for each run."""
+
+    world: World
+    config: b2_diffurl.Config
+    predict: Predict
+    task: b2_diffurl.Task
+    state: TrainState
+    samples: b2_diffurl.Samples
+    rewards: jax.Array
+
+
+def make_problem(bench: Bench) -> Problem:
+    """The sprites world with a random network, and one rollout for the case `update`."""
+    # The clock must not grow the suffix from run to run.
+    config = dataclasses.replace(bench.b2, suffix_stop=bench.b2.suffix_start, growth="clock")
+    world = make_world(Experiment(world="sprites", b2=config))
+    networks = make_networks(world, bench.network)
+    text_key, net_key, run_key = jax.random.split(jax.random.key(bench.seed), 3)
+    text, tokens = networks.text.init(text_key), jnp.asarray(world.train.tokens)
+    task = b2_diffurl.Task(
+        diffusion.ddim_sampler(ALPHAS, config.steps, eta=config.eta, prediction="v"),
+        networks.text.apply(text, tokens),
+        networks.text.apply(text, jnp.zeros_like(tokens[:1]))[0],
+        jnp.asarray(world.train.target),
+        world.reward_params,
+    )
+    params = everywhere_random(networks.net.init(net_key), net_key)
+    state = b2_diffurl.init(config, params, len(tokens), net_key, LORA_RULE)
+    predict = guided(networks.net.apply, config.guidance)
+    draw = jax.jit(functools.partial(b2_diffurl.sample, predict, config, world.image_shape, None))
+    samples = draw(state, task, run_key)
+    score = jax.jit(
+        lambda s, task: world.rewards["mixed"](s.pictures, _batch(config, task, s), task.reward)
+    )
+    return Problem(world, config, predict, task, state, samples, score(samples, task))
+
+
+def _batch(
+    config: b2_diffurl.Config, task: b2_diffurl.Task, samples: b2_diffurl.Samples
+) -> dict[str, Any]:
+    return b2_diffurl._reward_batch(config, task, samples.prompt)
+
+
+def everywhere_random(params: Params, key: jax.Array) -> Params:
+    """Initial parameters moved a little, so that none is zero and every gradient flows."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    moved = [w + 0.02 * jax.random.normal(k, w.shape) for w, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+def pairs_of(before: TrainState, after: Any) -> int:
+    """Pairs trained on, read off a state's counters; a rollout's samples have none."""
+    state = after[0] if isinstance(after, tuple) and isinstance(after[0], TrainState) else after
+    if not isinstance(state, TrainState):
+        return 0
+    return int(state.extra.trained_pairs - before.extra.trained_pairs)
+
+
+def run_key(run: int) -> jax.Array:
+    """The key of a repeat, the same for all implementations."""
+    return jax.random.key(1000 + run)
+
+
+def compiled_variant(problem: Problem, case: Case) -> Variant:
+    """The programs of `b2_diffurl` as a run uses them: the state is donated."""
+    predict, config, shape = problem.predict, problem.config, problem.world.image_shape
+    optimizer = b2_diffurl.make_optimizer(config)
+    sample = jax.jit(functools.partial(b2_diffurl.sample, predict, config, shape, None))
+    train = jax.jit(
+        functools.partial(b2_diffurl.update, predict, config, optimizer), donate_argnums=0
+    )
+    reward = problem.world.rewards["mixed"]
+    whole = b2_diffurl.make_stage(predict, config, shape, lambda latents: latents, reward)
+
+    def prepare(run: int) -> Thunk:
+        task, key, samples = problem.task, run_key(run), problem.samples
+        if case == "rollout":
+            return lambda: jax.block_until_ready(sample(problem.state, task, key))
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, problem.state))
+        if case == "update":
+            return lambda: jax.block_until_ready(train(state, task, samples, problem.rewards, key))
+        return lambda: jax.block_until_ready(whole(state, task, key))
+
+    return Variant(COMPILED, prepare, functools.partial(pairs_of, problem.state))
+
+
+def loop_variant(problem: Problem, case: Case, name: str, loop: Loop, note: str) -> Variant:
+    """A Python loop under its name."""
+    samples = problem.samples
+    if isinstance(loop, Released):  # which keeps its record on the host
+        samples = jax.device_get(samples)
+
+    def prepare(run: int) -> Thunk:
+        state, task, key = problem.state, problem.task, run_key(run)
+        if case == "rollout":
+            return lambda: jax.block_until_ready(loop.sample(state, task, key))
+        if case == "update":
+            return lambda: jax.block_until_ready(
+                loop.update(state, task, samples, problem.rewards, key)
+            )
+        return lambda: jax.block_until_ready(loop.stage(state, task, key))
+
+    return Variant(name, prepare, functools.partial(pairs_of, problem.state), note)
+
+
+def loop_variants(problem: Problem, case: Case) -> list[Variant]:
+    """The loop of the released code, the same with larger micro-batches, and the kindest one."""
+    reward = problem.world.rewards["mixed"]
+    pieces = Pieces(problem.predict, problem.config, problem.world.image_shape, reward)
+    released = "branches in turn, latents to the host, {} rows a micro-batch at one step"
+    return [
+        loop_variant(problem, case, "loop_released", Released(pieces, 2), released.format(2)),
+        loop_variant(problem, case, "loop_16_rows", Released(pieces, 16), released.format(16)),
+        loop_variant(
+            problem, case, "loop_batched", Batched(pieces), "branches in one call, no waits"
+        ),
+    ]
+
+
+# --- torch ---------------------------------------------------------------------------------------
+
+
+def torch_variants(problem: Problem, network: Network, case: Case) -> list[Variant]:
+    """Eager and compiled torch, each at the setting that a quick trial found fastest."""
+    import torch
+
+    from experiments.bench_torch import Setting
+
+    torch.manual_seed(0)
+    make = functools.partial(torch_variant, problem, network, case)
+    threads = sorted({1, os.cpu_count() or 1})
+    micro = (0,) if case == "rollout" else (0, 64, 128)
+    eager = _fastest([make("torch_eager", Setting(t, m, False)) for t in threads for m in micro])
+    chosen = [eager]
+    try:
+        sizes = (64,) if case == "rollout" else (64, 128)
+        settings = [Setting(t, m, True) for t in threads for m in sizes]
+        chosen.append(_fastest([make("torch_compiled", s) for s in settings]))
+    except Exception as error:  # no compiler, or one that fails: say so and go on
+        reason = str(error).strip().split("\n")[0]
+        print(f"torch.compile failed: {type(error).__name__}: {reason}", file=sys.stderr)
+    return chosen
+
+
+def _fastest(candidates: Sequence[Variant], trials: int = 3) -> Variant:
+    def trial(variant: Variant) -> float:
+        variant.prepare(0)()  # compiles
+        return min(_timed(variant.prepare(i + 1))[0] for i in range(trials))
+
+    return min(candidates, key=trial)
+
+
+def torch_variant(
+    problem: Problem, network: Network, case: Case, name: str, setting: Any
+) -> Variant:
+    """torch at one `bench_torch.Setting`, with weights and prompts of the problem."""
+    import torch
+
+    from experiments import bench_torch
+
+    world, config, task = problem.world, problem.config, problem.task
+    width, depth, heads = dataclasses.astuple(network)
+    net = bench_torch.PatchTransformer(world.image_shape, world.patch, width, depth, heads)
+    net.load(problem.state.params["model"])
+    # The reward is ours on both sides: two copies of a batch of pictures are all that it costs.
+    score = jax.jit(
+        lambda pictures, prompt, task: world.rewards["mixed"](
+            pictures, b2_diffurl._reward_batch(config, task, prompt), task.reward
+        )
+    )
+
+    def rewards(pictures: np.ndarray, prompt: np.ndarray) -> np.ndarray:
+        return np.array(score(pictures, prompt, task))
+
+    made = bench_torch.Stage(net, config, task.sampler, task.context, rewards, setting)
+    latents, density = (
+        np.array(a) for a in (problem.samples.record.latents, problem.samples.record.log_density)
+    )
+    record = bench_torch.Record(
+        torch.tensor(np.asarray(problem.samples.prompt)),
+        torch.tensor(latents[:, :, 1:].reshape(len(latents), -1, *world.image_shape)),
+        torch.tensor(density[:, :, 1:].reshape(len(density), -1)),
+    )
+    given = torch.tensor(np.asarray(problem.rewards))
+
+    def prepare(run: int) -> Thunk:
+        torch.set_num_threads(setting.threads)
+        torch.manual_seed(run)
+        made.history = [torch.zeros_like(old) for old in made.history]
+        return {
+            "rollout": made.sample,
+            "update": lambda: made.update(record, given),
+            "stage": made.run,
+        }[case]
+
+    read = (lambda result: 0) if case == "rollout" else int
+    return Variant(name, prepare, read, str(setting))
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+class Timing(NamedTuple):
+    """first: seconds of the first run. seconds, pairs: of each repeat. memory: peak bytes."""
+
+    first: float
+    seconds: list[float]
+    pairs: list[int]
+    memory: int
+
+
+def _timed(thunk: Thunk) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    result = thunk()
+    return time.perf_counter() - begin, result
+
+
+def measure(variants: Sequence[Variant], repeats: int) -> dict[str, Timing]:
+    """Every variant once to compile, then all in turns, each turn beginning with another one."""
+    timings: dict[str, Timing] = {}
+    for variant in variants:
+        first, _ = _timed(variant.prepare(0))
+        timings[variant.name] = Timing(first, [], [], 0)
+    for run in range(repeats):
+        begin = run % len(variants)
+        for variant in [*variants[begin:], *variants[:begin]]:
+            thunk = variant.prepare(run + 1)
+            reset_peak_memory()
+            seconds, result = _timed(thunk)
+            timing = timings[variant.name]
+            timing.seconds.append(seconds)
+            timing.pairs.append(variant.read_pairs(result))
+            timings[variant.name] = timing._replace(memory=max(timing.memory, peak_memory()))
+    return timings
+
+
+def reset_peak_memory() -> None:
+    """Linux forgets the process's peak when asked to; elsewhere it stays that of the whole run."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Peak bytes of the device where it counts them, else of the process."""
+    device = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in device:
+        return device["peak_bytes_in_use"]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forward_flops(network: Network, shape: tuple[int, ...], patch: int, words: int) -> int:
+    """Multiplications and additions of one row's matrix products in the patch transformer."""
+    d, n, inside = network.width, shape[0] * shape[1] // patch**2, patch * patch * shape[2]
+    attention = n * d * 3 * d + words * d * 2 * d + 2 * n * (n + words) * d + n * d * d
+    block = attention + d * 6 * d + 2 * n * d * 4 * d
+    return 2 * (2 * n * inside * d + 3 * d * d + d + network.depth * block)
+
+
+def sampled_rows(config: b2_diffurl.Config) -> int:
+    """Rows through the network in one rollout: each stretch once, twice under guidance."""
+    splits = np.asarray(b2_diffurl.split_points(config, np.int32(config.suffix_start)))
+    bounds, rows, total = [0, *splits.tolist(), config.steps], config.groups, 0
+    for level, factor in enumerate((1, *config.branches)):
+        rows *= factor
+        total += rows * (bounds[level + 1] - bounds[level])
+    return total * (1 if config.guidance == 1 else 2)
+
+
+def describe(
+    bench: Bench, problem: Problem, variant: Variant, timings: dict[str, Timing]
+) -> dict[str, Any]:
+    """One line of the output."""
+    config, timing, ours = problem.config, timings[variant.name], timings[COMPILED]
+    seconds, pairs = stats.median(timing.seconds), stats.median(timing.pairs)
+    low, high = np.quantile(timing.seconds, [0.1, 0.9])
+    guidance = 1 if config.guidance == 1 else 2
+    sampled, trained = 0 if bench.case == "update" else sampled_rows(config), guidance * pairs
+    world = problem.world
+    forward = forward_flops(bench.network, world.image_shape, world.patch, world.vocabulary.length)
+    # With adapters the gradients of the base's own products are spared: no formula here knows them.
+    passes = 4 if config.kl_weight else 3
+    flops = None if config.lora_rank else forward * (sampled + passes * trained)
+    ratios = [a / b for a, b in zip(timing.seconds, ours.seconds, strict=True)]
+    return {
+        "case": bench.case,
+        "implementation": variant.name,
+        "note": variant.note,
+        "median_seconds": seconds,
+        "p10_seconds": float(low),
+        "p90_seconds": float(high),
+        "ratio": stats.median(ratios),
+        "compile_seconds": max(timing.first - seconds, 0.0),
+        "images_per_second": config.groups * config.leaves / seconds,
+        "network_evaluations_per_second": (sampled + trained) / seconds,
+        "flops": flops,
+        "flops_per_second": None if flops is None else flops / seconds,
+        "trained_pairs": pairs,
+        "peak_memory_bytes": timing.memory,
+        "repeats": bench.repeats,
+    }
+
+
+def versions() -> dict[str, Any]:
+    """The environment, flat, with torch's version where it takes part."""
+    known = environment()
+    if "torch" in sys.modules:
+        known["torch"] = sys.modules["torch"].__version__
+    load = os.getloadavg() if hasattr(os, "getloadavg") else (float("nan"),)
+    return {**known, "load": round(load[0], 2)}
+
+
+COLUMNS = {
+    "implementation": ("implementation", "{}"),
+    "median s": ("median_seconds", "{:.4f}"),
+    "p10": ("p10_seconds", "{:.4f}"),
+    "p90": ("p90_seconds", "{:.4f}"),
+    "ratio": ("ratio", "{:.2f}"),
+    "compile s": ("compile_seconds", "{:.1f}"),
+    "images/s": ("images_per_second", "{:.0f}"),
+    "rows/s": ("network_evaluations_per_second", "{:.0f}"),
+    "GFLOP/s": ("flops_per_second", "{:.1f}"),
+    "peak MB": ("peak_memory_bytes", "{:.0f}"),
+    "": ("note", "{}"),
+}
+UNITS = {"flops_per_second": 1e9, "peak_memory_bytes": 1e6}
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """The lines side by side; ratio: time over that of `jaxalign` in the same turn."""
+
+    def cell(line: dict[str, Any], field: str, form: str) -> str:
+        value = line[field]
+        if value is None:
+            return "-"
+        return form.format(value / UNITS[field] if field in UNITS else value)
+
+    rows = [[*COLUMNS], *([cell(line, *column) for column in COLUMNS.values()] for line in lines)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    aligned = (
+        [
+            w.ljust(n) if i in (0, len(widths) - 1) else w.rjust(n)
+            for i, (w, n) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    )
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def run(bench: Bench) -> list[dict[str, Any]]:
+    """Measures and prints; returns the lines."""
+    problem = make_problem(bench)
+    variants = [compiled_variant(problem, bench.case)]
+    if bench.loops:
+        variants += loop_variants(problem, bench.case)
+    if bench.torch and importlib.util.find_spec("torch"):
+        variants += torch_variants(problem, bench.network, bench.case)
+    elif bench.torch:
+        print("torch is not installed: not compared with", file=sys.stderr)
+    timings = measure(variants, bench.repeats)
+    known = versions()
+    lines = [describe(bench, problem, variant, timings) for variant in variants]
+    for line in lines:
+        print(json.dumps({**line, **known}), flush=True)
+    print(table(lines), file=sys.stderr, flush=True)
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line and measures."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    with cli.exit_codes():
+        for word in words:
+            if word.split("=")[0] in ("--workdir", "--resume", "--seeds"):
+                raise UserError(
+                    f"{word}: the bench writes nothing and takes one seed; leave it out"
+                )
+        asked = cli.parse("bench", CASES, "stage", words)
+        # A program out of the cache would show no compile time.
+        jax.config.update("jax_enable_compilation_cache", False)
+        run(asked.config)
+
+
+if __name__ == "__main__":
+    main()
