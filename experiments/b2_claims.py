@@ -1,11 +1,12 @@
-"""The paper's comparisons, for real: every arm on every setting, learning rates tuned on other seeds.
+"""The paper's comparisons, for real: every arm on every setting, rates tuned on other seeds.
 
     python -m experiments.b2_diffurl claims --workdir runs/claims [--resume]
 
-First each arm runs with each learning rate of one grid on seeds of their own, and takes the rate with the
-best final training reward; then it runs with that rate on the seeds that count. All arms get the same
-reward evaluations, optimizer steps and step weighting. Jobs are single runs, shared out to worker
-processes of one core each, which on small networks do more together than one process on all cores.
+First each arm runs with each learning rate of one grid on seeds of their own, and takes the rate
+with the best final training reward; then it runs with that rate on the seeds that count. All arms
+get the same reward evaluations, optimizer steps and step weighting. Jobs are single runs, shared
+out to worker processes of one core each, which on small networks do more together than one process
+on all cores.
 """
 
 from __future__ import annotations
@@ -50,9 +51,13 @@ class Claims:
         for name, known in (("settings", SETTINGS), ("arms", ARMS)):
             for value in getattr(self, name):
                 if value not in known:
-                    raise UserError(f"{name}: {value!r} is not one of {', '.join(known)}; give some of these")
+                    raise UserError(
+                        f"{name}: {value!r} is not one of {', '.join(known)}; give some of these"
+                    )
         if min(self.tuning_seeds, self.repeats, self.stages, self.workers) < 1 or not self.rates:
-            raise UserError("tuning_seeds, repeats, stages and workers must be at least 1, and rates not empty")
+            raise UserError(
+                "tuning_seeds, repeats, stages and workers must be at least 1, and rates not empty"
+            )
 
 
 class Job(NamedTuple):
@@ -71,12 +76,13 @@ class Job(NamedTuple):
 
 
 def tuned_on(setting: str, settings: tuple[str, ...]) -> str:
-    """The setting whose rates this one takes: within a world, one grid search serves all rewards."""
+    """The setting whose rates this one takes: in a world, one grid search serves all rewards."""
     other = TUNING.get(setting, setting)
     return other if other in settings else setting
 
 
 def tuning_jobs(root: Path, claims: Claims) -> Iterator[Job]:
+    """Each arm with each rate, on seeds that do not count."""
     for setting in dict.fromkeys(tuned_on(s, claims.settings) for s in claims.settings):
         for arm in claims.arms:
             for rate in claims.rates:
@@ -104,13 +110,13 @@ def final_jobs(root: Path, claims: Claims, rates: dict[tuple[str, str], float]) 
                 yield Job(setting, arm, rate, seed, claims.stages, folder)
 
 
-# --- workers ---------------------------------------------------------------------------------------------
+# --- workers ------------------------------------------------------------------------------
 
 _labs: dict[tuple[str, str], Lab] = {}
 
 
 def start_worker(cores: multiprocessing.Queue) -> None:
-    """Binds the process to one core before JAX starts its threads, and keeps compiled programs on disk."""
+    """Binds the process to one core before JAX starts its threads; keeps compiled programs."""
     import jax
 
     if hasattr(os, "sched_setaffinity"):
@@ -191,10 +197,11 @@ def write_tables(root: Path, claims: Claims, rates: dict[tuple[str, str], float]
     }
     grid = ", ".join(f"{rate:g}" for rate in claims.rates)
     notes = [
-        f"Learning rate of each arm: the best of {grid} on {claims.tuning_seeds} other seed(s); for the "
-        "sprites on the mixed reward, for all three rewards.",
-        f"{claims.stages} stages of 160 pictures, 4 optimizer steps a stage, 10 DDIM steps, for every arm; "
-        "the last two steps are not trained and a KL penalty of 0.02 a dimension holds every arm.",
+        f"Learning rate of each arm: the best of {grid} on {claims.tuning_seeds} other seed(s); "
+        "for the sprites on the mixed reward, for all three rewards.",
+        f"{claims.stages} stages of 160 pictures, 4 optimizer steps a stage, 10 DDIM steps, for "
+        "every arm; the last two steps are not trained and a KL penalty of 0.02 a dimension holds "
+        "every arm.",
         "Mean and 95 % interval over seeds, last stage, no selection of seeds or checkpoints.",
         "Seconds were taken while other work shared the machine; compare the network evaluations.",
     ]

@@ -1,7 +1,7 @@
 """The claims' runs as tables: what each arm reached, and paired differences at equal budgets.
 
-`summarise(root)` reads the folders that `b2_claims` left and writes `experiments/results/b2_claims.json`,
-from which RESULTS.md is generated.
+`summarise(root)` reads the folders that `b2_claims` left and writes
+`experiments/results/b2_claims.json`, from which RESULTS.md is generated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def paired(run: Comparison, arm: str, other: str) -> tuple[list[ArmRun], list[Ar
     return [a for a, _ in both], [b for _, b in both]
 
 
-# --- numbers of one pair of runs: (arm, other) -> two floats ----------------------------------------------
+# --- numbers of one pair of runs: (arm, other) -> two floats ------------------------------
 
 Pair = Callable[[ArmRun, ArmRun], tuple[float, float]]
 
@@ -50,7 +50,10 @@ def at_end(name: str) -> Pair:
 
 
 def at_equal_cost(a: ArmRun, b: ArmRun) -> tuple[float, float]:
-    """Training reward where both have spent what the cheaper one spent in all, between evaluations by lines."""
+    """Training reward where both have spent what the cheaper one spent in all.
+
+    Between evaluations by lines.
+    """
     paths = [evaluations(run, "cost", "train/reward") for run in (a, b)]
     budget = min(path[0, -1] for path in paths)
     first, second = (float(np.interp(budget, *path)) for path in paths)
@@ -75,20 +78,20 @@ def _first_at(level: float, x: np.ndarray, y: np.ndarray) -> float:
 
 
 def difference(run: Comparison, arm: str, other: str, pair: Pair) -> statistics.Estimate | None:
-    """Paired difference arm - other over the seeds that have both, None where there are fewer than two."""
+    """Paired difference arm - other over the seeds that have both; None for fewer than two."""
     numbers = np.array([pair(a, b) for a, b in zip(*paired(run, arm, other), strict=True)])
     return statistics.paired_difference(numbers[:, 0], numbers[:, 1]) if len(numbers) > 1 else None
 
 
-# --- tables ------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------
 
 
 def final_table(name: str, run: Comparison, rates: Mapping[str, float]) -> dict[str, Any]:
     """What the base and each arm reached in one setting."""
-    measured = ("train/reward", "heldout/reward", "train/success", "train/entropy", "train/divergence")
-    rows: list[list[Any]] = [
-        ["base", "", *(cell(statistics.mean_interval(comparison.base(run, n))) for n in measured), 0, 0]
-    ]
+    splits = ("train/reward", "heldout/reward")
+    measured = (*splits, "train/success", "train/entropy", "train/divergence")
+    base = [cell(statistics.mean_interval(comparison.base(run, name))) for name in measured]
+    rows: list[list[Any]] = [["base", "", *base, 0, 0]]
     for arm in run.arms:
         runs = [r for r in run.of(arm) if r.finished]
         if not runs:
@@ -120,13 +123,14 @@ def best_other(run: Comparison) -> str:
 
 
 def telescope_table(runs: Mapping[str, Comparison]) -> dict[str, Any]:
-    """Telescoping credit against the best other arm of each setting, and what a stage of both costs."""
+    """Telescoping credit against the best other arm of each setting, and what both cost."""
     rows = []
     for name, run in runs.items():
         other = best_other(run)
         estimate = difference(run, "telescope", other, at_end("train/reward"))
-        costs = [np.mean(comparison.final(run.of(arm), "cost")) for arm in ("telescope", other)]
-        seconds = [np.mean(comparison.final(run.of(arm), "seconds")) for arm in ("telescope", other)]
+        arms = ("telescope", other)
+        costs = [np.mean(comparison.final(run.of(arm), "cost")) for arm in arms]
+        seconds = [np.mean(comparison.final(run.of(arm), "seconds")) for arm in arms]
         rows.append(
             [
                 name,
@@ -145,7 +149,10 @@ def telescope_table(runs: Mapping[str, Comparison]) -> dict[str, Any]:
 
 
 def summarise(
-    root: Path, settings: Sequence[str], rates: Mapping[str, Mapping[str, float]], notes: Sequence[str]
+    root: Path,
+    settings: Sequence[str],
+    rates: Mapping[str, Mapping[str, float]],
+    notes: Sequence[str],
 ) -> Path:
     """Writes the result file. rates: setting -> arm -> learning rate."""
     runs = {name: comparison.read(root / name) for name in settings}

@@ -50,7 +50,7 @@ class Sums(NamedTuple):
 
 
 class Pieces:
-    """What a loop calls, each compiled by itself. The split lies `config.suffix_start` from the end."""
+    """What a loop calls, each compiled by itself. The split is `suffix_start` from the end."""
 
     def __init__(
         self, predict: Predict, config: Config, shape: tuple[int, ...], reward: b2_diffurl.Reward
@@ -70,7 +70,7 @@ class Pieces:
             setattr(self, name, jax.jit(getattr(self, name)))
 
     def start(self, task: Task, key: Array) -> tuple[Array, Array, Array]:
-        """Prompts `[G]`, initial noise `[G, ...]` and the paths' key, drawn as `b2_diffurl.sample` does."""
+        """Prompts `[G]`, initial noise `[G, ...]` and the paths' key, drawn as in `b2_diffurl`."""
         prompt_key, start_key, path_key = jax.random.split(key, 3)
         groups = (self.config.groups,)
         prompt = jax.random.randint(prompt_key, groups, 0, task.context.shape[0])
@@ -312,7 +312,7 @@ class Released:
     def _micro_batches(
         self, share: np.ndarray, record: Rollout, ready: Prepared, chance: np.random.Generator
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of some kept (group, row) at one step each, every row's steps in an order of its own."""
+        """Batches of kept (group, row) at one step each, every row in an order of its own."""
         split, trained = self.pieces.split, np.flatnonzero(ready.step_weight > 0)
         trunk, leaf = share[share[:, 1] == 0], share[share[:, 1] > 0]
         for rows, steps_ in ((trunk, trained[trained < split]), (leaf, trained[trained >= split])):

@@ -231,8 +231,8 @@ class Stage:
         plain = (config.estimator, len(config.branches), config.guidance)
         if plain != ("official", 1, 1.0) or config.lora_rank or config.ema:
             raise UserError(
-                f"estimator = {config.estimator}, guidance = {config.guidance}: the torch stage knows "
-                "official, one branching, no guidance, no adapters, no average; add --no-torch"
+                f"estimator = {config.estimator}, guidance = {config.guidance}: the torch stage "
+                "knows official, one branching, no guidance, adapters or average; add --no-torch"
             )
         if config.step_weight not in ("uniform", "drop_last"):
             raise UserError(

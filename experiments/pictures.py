@@ -106,6 +106,7 @@ def _telescope(c: b2_diffurl.Config) -> b2_diffurl.Config:
         suffix_stop=half,
         growth="clock",
         estimator="telescope_shrunk",
+        keep_share=0.3,
     )
 
 
@@ -120,7 +121,8 @@ ARMS: Mapping[str, Arm] = {
     "official": lambda c: dataclasses.replace(c, estimator="official"),
     # B2-DiffuRL with a leave-one-out baseline among the branches
     "loo": lambda c: dataclasses.replace(c, estimator="branch_loo"),
-    # credit for prefix and suffix from branch means, with shrunken baselines; every step trained
+    # credit for prefix and suffix from branch means with shrunken baselines, on all steps of the rows
+    # with the largest credit
     "telescope": _telescope,
     # control: selection of the best and the worst without branches, with backward training
     "extremes": lambda c: dataclasses.replace(_independent(c), estimator="extremes"),
@@ -224,45 +226,52 @@ class Drawn(NamedTuple):
     divergence: Array
 
 
-def draw(
-    predict: Predict,
-    shape: tuple[int, ...],
-    params: Params,
-    reference: Params,
-    task: b2_diffurl.Task,
-    prompt: Array,
-    key: Array,
-) -> Drawn:
-    """Pictures of the prompts `[B] i32` of `task` from fixed noise. Traceable."""
-    start_key, path_key = jax.random.split(key)
-    start = jax.random.normal(start_key, (prompt.shape[0], *shape))
-    context = task.rows(prompt)
-    images, path, _ = denoise(predict, params, task.sampler, start, context, path_key)
-    divergence = path_divergence(predict, params, reference, task.sampler, path, context)
-    return Drawn(images, {"prompt": prompt, "target": task.target[prompt]}, divergence.sum(0))
+@functools.cache
+def compiled_drawing(
+    apply: Callable[..., Array], shape: tuple[int, ...], b2: b2_diffurl.Config, pictures: int
+) -> Callable[[TrainState, b2_diffurl.Task, Array], Drawn]:
+    """`(state, task, key) -> Drawn`: `pictures` of each prompt of the task by the state's policy."""
+    predict = guided(apply, b2.guidance)
+
+    @jax.jit
+    def draw(state: TrainState, task: b2_diffurl.Task, key: Array) -> Drawn:
+        params, base = b2_diffurl.policy_params(state, b2), b2_diffurl.reference_params(state)
+        prompt = jnp.repeat(jnp.arange(task.context.shape[0]), pictures)
+        start_key, path_key = jax.random.split(key)
+        start = jax.random.normal(start_key, (prompt.shape[0], *shape))
+        context = task.rows(prompt)
+        images, path, _ = denoise(predict, params, task.sampler, start, context, path_key)
+        divergence = path_divergence(predict, params, base, task.sampler, path, context)
+        return Drawn(images, {"prompt": prompt, "target": task.target[prompt]}, divergence.sum(0))
+
+    return draw
 
 
-def read(world: World, drawn: Drawn, reward: Array, params: PyTree) -> Evaluation:
-    """What the world sees in the pictures; their rewards `[B]` come from elsewhere. Traceable."""
-    images, batch, divergence = drawn
-    return Evaluation(
-        images,
-        reward,
-        world.success(images, batch, params),
-        worlds.factor_code(world.factors(images, params), world.factor_sizes),
-        divergence,
-    )
+@functools.cache
+def compiled_reading(
+    success: Reward, factors: Callable[[Array, PyTree], Array], sizes: tuple[int, ...]
+) -> Callable[[Drawn, Array, PyTree], Evaluation]:
+    """`(drawn, rewards, reward_params) -> Evaluation`: what the world sees in the pictures."""
+
+    @jax.jit
+    def read(drawn: Drawn, reward: Array, params: PyTree) -> Evaluation:
+        code = worlds.factor_code(factors(drawn.images, params), sizes)
+        seen = success(drawn.images, drawn.batch, params)
+        return Evaluation(drawn.images, reward, seen, code, drawn.divergence)
+
+    return read
 
 
-def summarise(evaluation: Evaluation, pictures: int, name: str) -> dict[str, Array]:
-    """The numbers of an evaluation, each name prefixed with the prompts' `name`."""
+@functools.partial(jax.jit, static_argnums=1)
+def summarise(evaluation: Evaluation, pictures: int) -> dict[str, Array]:
+    """The numbers of an evaluation of `pictures` a prompt."""
     by_prompt = evaluation.images.reshape(-1, pictures, *evaluation.images.shape[1:])
     return {
-        f"{name}/reward": evaluation.reward.mean(),
-        f"{name}/success": evaluation.success.mean(),
-        f"{name}/entropy": diversity.code_entropy(evaluation.code.reshape(-1, pictures)).mean(),
-        f"{name}/distance": diversity.pairwise_distance(by_prompt).mean(),
-        f"{name}/divergence": evaluation.divergence.mean(),
+        "reward": evaluation.reward.mean(),
+        "success": evaluation.success.mean(),
+        "entropy": diversity.code_entropy(evaluation.code.reshape(-1, pictures)).mean(),
+        "distance": diversity.pairwise_distance(by_prompt).mean(),
+        "divergence": evaluation.divergence.mean(),
     }
 
 
@@ -302,27 +311,20 @@ def make_task(lab: Lab, config: b2_diffurl.Config, prompts: Prompts) -> b2_diffu
 def make_evaluation(
     lab: Lab, config: Experiment, b2: b2_diffurl.Config, host: HostReward | None
 ) -> Callable[[TrainState], dict[str, Evaluation]]:
-    """`state -> {"train": Evaluation, "heldout": Evaluation}`, compiled; the same noise at every call."""
-    predict = guided(lab.networks.net.apply, b2.guidance)
-    score = make_score(lab.world, config.reward, host)
-    tasks = {name: make_task(lab, b2, getattr(lab.world, name)) for name in ("train", "heldout")}
-
-    @jax.jit
-    def pictures(state: TrainState, tasks: dict[str, b2_diffurl.Task], key: Array) -> dict[str, Drawn]:
-        params, base = b2_diffurl.policy_params(state, b2), b2_diffurl.reference_params(state)
-        rows = {n: jnp.repeat(jnp.arange(t.context.shape[0]), config.pictures) for n, t in tasks.items()}
-        return {
-            name: draw(predict, lab.world.image_shape, params, base, task, rows[name], key)
-            for name, task in tasks.items()
-        }
-
-    finish = jax.jit(functools.partial(read, lab.world))
+    """`state -> {"train": Evaluation, "heldout": Evaluation}`; the same noise at every call."""
+    world = lab.world
+    draw = compiled_drawing(lab.networks.net.apply, world.image_shape, b2, config.pictures)
+    read = compiled_reading(world.success, world.factors, world.factor_sizes)
+    score = make_score(world, config.reward, host)
+    task = make_task(lab, b2, worlds.concatenate(world.train, world.heldout))
     key = jax.device_put(jax.random.key(10_000 + config.seed), meshes.replicated(lab.mesh))
+    boundary = len(world.train.text) * config.pictures
 
     def run(state: TrainState) -> dict[str, Evaluation]:
-        drawn, params = pictures(state, tasks, key), tasks["train"].reward
-        rewards = {name: score(d.images, d.batch, params) for name, d in drawn.items()}
-        return {name: finish(d, rewards[name], params) for name, d in drawn.items()}
+        drawn = draw(state, task, key)
+        seen = read(drawn, score(drawn.images, drawn.batch, task.reward), task.reward)
+        parts = {"train": slice(None, boundary), "heldout": slice(boundary, None)}
+        return {name: jax.tree.map(lambda a: a[rows], seen) for name, rows in parts.items()}
 
     return run
 
@@ -337,7 +339,9 @@ def open_reward(config: Experiment) -> HostReward | None:
     return HostReward(config.reward, jpeg.REWARDS[config.reward])
 
 
-def make_score(world: World, reward: str, host: HostReward | None) -> Callable[..., Array | np.ndarray]:
+def make_score(
+    world: World, reward: str, host: HostReward | None
+) -> Callable[[Array, dict[str, Any], PyTree], Array | np.ndarray]:
     """The run's reward to be called outside of compiled code, as a `b2_diffurl.Reward`."""
     if host is None:
         return jax.jit(world.rewards[reward])
@@ -348,13 +352,28 @@ def make_stage(
     lab: Lab, config: Experiment, b2: b2_diffurl.Config, host: HostReward | None
 ) -> Callable[[TrainState, b2_diffurl.Task, Array], tuple[TrainState, dict[str, Array]]]:
     """A stage of the run with either kind of reward."""
-    predict, shape = guided(lab.networks.net.apply, b2.guidance), lab.world.image_shape
+    apply, shape = lab.networks.net.apply, lab.world.image_shape
     rows = meshes.batch_sharding(lab.mesh)
     if host is None:
-        reward = lab.world.rewards[config.reward]
-        return b2_diffurl.make_stage(predict, b2, shape, lambda x: x, reward, rows)
+        # The rate lives in the optimizer's state: one compiled stage serves all of a sweep.
+        any_rate = dataclasses.replace(b2, learning_rate=1.0)
+        return compiled_stage(apply, any_rate, shape, lab.world.rewards[config.reward], rows)
+    predict = guided(apply, b2.guidance)
     chunks = math.gcd(2, rows.shard_shape((b2.groups,))[0])  # as many as the devices can share
     return b2_diffurl.make_host_stage(predict, b2, shape, lambda x: x, host, rows, chunks)
+
+
+@functools.cache
+def compiled_stage(
+    apply: Callable[..., Array],
+    b2: b2_diffurl.Config,
+    shape: tuple[int, ...],
+    reward: b2_diffurl.Reward,
+    rows: jax.sharding.NamedSharding,
+) -> Callable[[TrainState, b2_diffurl.Task, Array], tuple[TrainState, dict[str, Array]]]:
+    """`b2_diffurl.make_stage`, once for equal arguments; pictures are their own latents."""
+    predict = guided(apply, b2.guidance)
+    return b2_diffurl.make_stage(predict, b2, shape, lambda latents: latents, reward, rows)
 
 
 class RatioIsOne:
@@ -395,7 +414,8 @@ def train_arm(
         results = evaluation(state)
         if step in (0, b2.stages):
             sample_grid("before" if step == 0 else "after", results)
-        return {k: v for n, e in results.items() for k, v in summarise(e, config.pictures, n).items()}
+        numbers = {name: summarise(seen, config.pictures) for name, seen in results.items()}
+        return {f"{name}/{k}": v for name, by in numbers.items() for k, v in by.items()}
 
     directory.mkdir(parents=True, exist_ok=True)
     with (

@@ -1,10 +1,10 @@
 """The sprites world: small procedural pictures, captions by three grammars, an exact oracle.
 
 A picture is 16x16, two by two cells of 8x8 on a dark or a dim ground. One sprite stands in one
-cell, or two stand in neighbouring cells. A sprite is 6x6, of one shape, colour and texture, at
-one of nine offsets (the jitter) in its cell. Shade and jitter are never asked for. The captions
-mirror the three prompt templates of B2-DiffuRL (thing and what it does; colour and thing; two
-things and their relation):
+cell, or two stand in neighbouring cells. A sprite is 6x6, of one shape, colour and texture, in the
+middle of its cell. The oracle also reads the eight other offsets (the jitter), as a model may draw
+a pixel off. Shade and jitter are never asked for. The captions mirror the three prompt templates of
+B2-DiffuRL (thing and what it does; colour and thing; two things and their relation):
 
 - place:    "a striped disc at the top left"
 - colour:   "a red disc"
@@ -51,7 +51,7 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = ("left of", "above")
 GRAMMARS = ("place", "colour", "relation")
 SHADES = (-0.95, -0.7)
-MIDDLE = 4  # the jitter of the corpus; the oracle reads sprites that are a pixel off as well
+MIDDLE = 4  # the jitter of the corpus
 DIM = 0.2  # how much of its colour a sprite keeps between the stripes or dots
 IMAGE_SHAPE = (16, 16, 3)
 WORDS = ("a", "at", "the", "of", "top", "bottom", "left", "right", "above")

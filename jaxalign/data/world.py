@@ -84,6 +84,12 @@ class Prompts(NamedTuple):
         return Prompts(tuple(self.text[i] for i in index), self.tokens[index], self.target[index])
 
 
+def concatenate(first: Prompts, second: Prompts) -> Prompts:
+    """Both lists as one, the first list's prompts first."""
+    tokens = np.concatenate([first.tokens, second.tokens])
+    return Prompts(first.text + second.text, tokens, np.concatenate([first.target, second.target]))
+
+
 class World(NamedTuple):
     """A text-to-image problem, whole.
 

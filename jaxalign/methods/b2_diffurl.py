@@ -73,6 +73,7 @@ class Config:
     growth_share: float = 0.5  # adaptive: grow when less of the reward's variance arises in the suffix
     estimator: Estimator = "official"
     threshold: float = 0.5  # official: z of the best and the worst branch
+    keep_share: float = 1.0  # telescope_shrunk: rows trained on, those of largest advantage
     history: int = 8  # stages whose scores join a prompt's baseline
     epochs: int = 2
     updates: int = 3  # optimizer steps an epoch
@@ -97,6 +98,8 @@ class Config:
         for name in ("kl_weight", "weight_decay", "lora_rank", "threshold"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} = {getattr(self, name)}: must not be negative; 0 turns it off")
+        if not 0 < self.keep_share <= 1:
+            raise UserError(f"keep_share = {self.keep_share}: a share lies in (0, 1]; 1 keeps all")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema = {self.ema}: a decay lies in [0, 1); 0 keeps no average")
         self._check_suffix()
@@ -262,7 +265,7 @@ def credit(config: Config, rewards: Array, prompt: Array, pooled: pg.Moments) ->
     if config.estimator == "telescope":
         return pg.telescope(rewards, mean, std, config.branches)
     if config.estimator == "telescope_shrunk":
-        return pg.telescope_shrunk(rewards, mean, std, config.branches)
+        return pg.telescope_shrunk(rewards, mean, std, config.branches, config.keep_share)
     leaf = {
         "official": lambda: pg.official(rewards, mean, std, config.threshold),
         "branch_loo": lambda: pg.branch_loo(rewards, std),

@@ -1,7 +1,8 @@
 """Supervised training of a text-to-image denoiser: the base model that rewards then align.
 
-v-prediction (Salimans & Ho 2022, appendix D) with caption dropout (Ho & Salimans 2022) and an average of
-the weights. Parameters are `{"text": encoder, "net": denoiser}`; the encoder's tables are trained along.
+v-prediction (Salimans & Ho 2022, appendix D) with caption dropout (Ho & Salimans 2022) and an
+average of the weights. Parameters are `{"text": encoder, "net": denoiser}`; the encoder's tables
+are trained along.
 
 Dimensions: B pictures, L words of a caption, D width.
 """
@@ -36,7 +37,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if min(self.updates, self.batch) < 1:
-            raise UserError(f"updates = {self.updates}, batch = {self.batch}: both must be at least 1")
+            raise UserError(
+                f"updates = {self.updates}, batch = {self.batch}: both must be at least 1"
+            )
         if not (0 <= self.caption_dropout < 1 and 0 <= self.ema < 1 and self.learning_rate > 0):
             raise UserError(
                 f"caption_dropout = {self.caption_dropout}, ema = {self.ema}, learning_rate = "
@@ -53,7 +56,10 @@ def loss(
     batch: Mapping[str, Array],
     key: Array,
 ) -> tuple[Mean, dict[str, Mean | Max]]:
-    """Squared error of the predicted v. alphas: `[count]`; batch: images `[B, ...]`, tokens `[B, L]`."""
+    """Squared error of the predicted v.
+
+    alphas: `[count]`. batch: images `[B, ...]`, tokens `[B, L]`.
+    """
     noise_key, time_key, drop_key = jax.random.split(key, 3)
     images = batch["images"]
     rows = images.shape[0]
@@ -66,6 +72,7 @@ def loss(
 
 
 def init(text: Model, net: Model, config: Config) -> TrainState:
+    """Fresh parameters with their optimizer state and average."""
     text_key, net_key = jax.random.split(jax.random.key(config.seed))
     params = {"text": text.init(text_key), "net": net.init(net_key)}
     return states.create(params, make_optimizer(config), slow=jax.tree.map(jnp.copy, params))
@@ -74,7 +81,11 @@ def init(text: Model, net: Model, config: Config) -> TrainState:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Adam behind a clipped norm, its rate warmed up and then decayed to a tenth."""
     rate = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, min(100, config.updates), config.updates + 1, 0.1 * config.learning_rate
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=min(100, config.updates),
+        decay_steps=config.updates + 1,
+        end_value=0.1 * config.learning_rate,
     )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
@@ -84,8 +95,8 @@ def make_step(
 ) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, dict[str, Array]]]:
     """The compiled update `(state, data, key) -> (state, metrics)`; the state is donated.
 
-    data is the whole corpus on the device, from which each update draws its rows: images `[N, ...]` in
-    [-1, 1], tokens `[N, L] i32`, and alphas `[count]`, the cumulative signal shares.
+    data is the whole corpus on the device, from which each update draws its rows: images `[N, ...]`
+    in [-1, 1], tokens `[N, L] i32`, and alphas `[count]`, the cumulative signal shares.
     """
     optimizer = make_optimizer(config)
 

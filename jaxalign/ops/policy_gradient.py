@@ -1,12 +1,13 @@
 """Advantages of sampled trees, the clipped surrogate, and the per-prompt history they lean on.
 
-An estimator turns rewards `[G, K]` (K branches of each of G groups) into `Credit`: an advantage for every
-row of the tree and whether that row is trained on at all. All of them share one rollout.
+An estimator turns rewards `[G, K]` (K branches of each of G groups) into `Credit`: an advantage for
+every row of the tree and whether that row is trained on at all. All of them share one rollout.
 
 Sources: B2-DiffuRL's released selection (`official`); leave-one-out baselines, Kool et al. 2019;
 GRPO, Shao et al. 2024; the clipped surrogate, Schulman et al. 2017, eq. 7.
 
-Dimensions: G groups, K branches a group, W rows of the tree a group, P prompts, S stages remembered.
+Dimensions: G groups, K branches a group, W rows of the tree a group, P prompts, S stages
+remembered.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Credit(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Count, mean and summed squared deviation of a set of scores; sets merge exactly (Chan et al. 1983)."""
+    """Count, mean and summed squared deviation of scores; sets merge exactly (Chan et al. 1983)."""
 
     count: Array
     mean: Array
@@ -87,18 +88,21 @@ def prompt_z(rewards: Array, mean: Array, std: Array) -> Credit:
 
 
 def official(rewards: Array, mean: Array, std: Array, threshold: float = 0.5) -> Credit:
-    """B2-DiffuRL as released: of each group the best branch if z >= threshold, the worst if z < -threshold.
+    """B2-DiffuRL as released: of each group the best branch and the worst, where they stand out.
 
-    The advantage is the z-score itself; the group's mean is not subtracted.
+    The best counts if z >= threshold, the worst if z < -threshold. The advantage is the z-score
+    itself; the group's mean is not subtracted.
     """
     z = prompt_z(rewards, mean, std).advantage
     return Credit(z, _best_and_worst(z, threshold))
 
 
-def extremes(rewards: Array, mean: Array, std: Array, threshold: float = 0.5, size: int = 5) -> Credit:
-    """Control for `official`: the same selection among `size` independent rows instead of sibling branches.
+def extremes(
+    rewards: Array, mean: Array, std: Array, threshold: float = 0.5, size: int = 5
+) -> Credit:
+    """Control for `official`: the same selection among independent rows, not sibling branches.
 
-    rewards: `[G, 1]`, G divisible by `size`.
+    rewards: `[G, 1]`, in sets of `size`; G divisible by `size`.
     """
     z = prompt_z(rewards, mean, std).advantage
     return Credit(z, _best_and_worst(z.reshape(-1, size), threshold).reshape(z.shape))
@@ -113,14 +117,20 @@ def _best_and_worst(z: Array, threshold: float) -> Array:
 
 
 def _centred(rewards: Array) -> Array:
-    """Rewards `[G, K]` minus their group's mean; exactly zero where a group's rewards are equal, as
-    the last bit of a mean over a tiny spread would be a large advantage."""
+    """Rewards `[G, K]` minus their group's mean.
+
+    Exactly zero where a group's rewards are equal: the last bit of a mean over a tiny spread would
+    be a large advantage.
+    """
     apart = rewards - rewards[:, :1]
     return apart - apart.mean(1, keepdims=True)
 
 
 def branch_loo(rewards: Array, scale: Array) -> Credit:
-    """Reward minus the mean of its sibling branches, over `scale` ([] or [G]): unbiased, free of the prefix."""
+    """Reward minus the mean of its sibling branches: unbiased, free of the prefix.
+
+    Divided by scale, `[]` or `[G]`.
+    """
     branches = rewards.shape[1]
     advantage = _centred(rewards) * (branches / (branches - 1))
     advantage = advantage / (jnp.broadcast_to(scale, rewards.shape[:1])[:, None] + TINY)
@@ -128,14 +138,14 @@ def branch_loo(rewards: Array, scale: Array) -> Credit:
 
 
 def branch_z(rewards: Array) -> Credit:
-    """z-score among the sibling branches: every group counts alike, however little its branches differ."""
+    """z-score among the sibling branches: each group counts alike, however little they differ."""
     centred = _centred(rewards)
     z = centred / (centred.std(1, keepdims=True, ddof=1) + TINY)
     return Credit(z, jnp.ones_like(z, bool))
 
 
 def grpo(rewards: Array, prompt: Array, prompts: int) -> Credit:
-    """z-score among all rows of the same prompt in this stage, without history. prompt: `[G] i32`."""
+    """z-score among all rows of the prompt in this stage, without history. prompt: `[G] i32`."""
     now = moments_by(jnp.repeat(prompt, rewards.shape[1]), rewards.reshape(-1), prompts)
     return prompt_z(rewards, now.mean[prompt], now.std()[prompt])
 
@@ -143,12 +153,12 @@ def grpo(rewards: Array, prompt: Array, prompts: int) -> Credit:
 def telescope(rewards: Array, mean: Array, scale: Array, factors: Sequence[int]) -> Credit:
     """Credit for every stretch of the tree from nested branch means.
 
-    V of a row is the mean reward of the leaves below it, and V of nothing the prompt's mean. A stretch is
-    credited with V(its end) - V(its start), where a row's own leaves are left out of its parent's V:
-    (V - sibling mean) * K / (K - 1). Without that factor the credits along a path sum exactly to
-    reward - mean. A shared stretch counts once for each of its leaves, so that early and late steps weigh
-    as they do on independent paths. rewards: `[G, prod(factors)]`; mean, scale: `[G]`; result `[G, W]`,
-    trunk first.
+    V of a row is the mean reward of the leaves below it, and V of nothing the prompt's mean. A
+    stretch is credited with V(its end) - V(its start), where a row's own leaves are left out of its
+    parent's V: (V - sibling mean) * K / (K - 1). Without that factor the credits along a path sum
+    exactly to reward - mean. A shared stretch counts once for each of its leaves, so that early and
+    late steps weigh as they do on independent paths. rewards: `[G, prod(factors)]`; mean, scale:
+    `[G]`; result `[G, W]`, trunk first.
     """
     advantages = []
     for level, value in enumerate(nested_means(rewards - mean[:, None], factors)):
@@ -162,15 +172,17 @@ def telescope(rewards: Array, mean: Array, scale: Array, factors: Sequence[int])
     return _tree_credit(advantages, scale)
 
 
-def telescope_shrunk(rewards: Array, mean: Array, scale: Array, factors: Sequence[int]) -> Credit:
-    """`telescope` with each baseline shrunk from the siblings' mean towards the parent's own baseline.
+def telescope_shrunk(
+    rewards: Array, mean: Array, scale: Array, factors: Sequence[int], share: float = 1.0
+) -> Credit:
+    """`telescope`, each baseline shrunk from the siblings' mean towards the parent's baseline.
 
     With few branches the mean of the siblings is itself noisy. Of row k with parent baseline b,
 
         baseline_k = b + c * (mean of the other siblings - b),
 
-    where c is the least-squares slope over the whole batch, in [0, 1]: c = 0 is the prompt's mean (DDPO's
-    baseline), c = 1 the leave-one-out mean. A row's own reward does not enter its baseline.
+    where c is the least-squares slope over the whole batch, in [0, 1]: c = 0 is the prompt's mean
+    (DDPO's baseline), c = 1 the leave-one-out mean. A row's own reward does not enter its baseline.
     Arguments and result as for `telescope`.
     """
     values = nested_means(rewards - mean[:, None], factors)
@@ -183,27 +195,31 @@ def telescope_shrunk(rewards: Array, mean: Array, scale: Array, factors: Sequenc
         slope = jnp.clip((own * rest).sum() / ((rest**2).sum() + TINY), 0.0, 1.0)
         advantages.append((own - slope * rest).reshape(value.shape))
         baseline = (baseline[:, :, None] + slope * rest).reshape(value.shape)
-    return _tree_credit(advantages, scale)
+    return _tree_credit(advantages, scale, share)
 
 
 def nested_means(rewards: Array, factors: Sequence[int]) -> list[Array]:
-    """Mean reward of the leaves below each row, level by level from the trunk: `[G, 1]`, `[G, K1]`, ..."""
+    """Mean reward of the leaves below each row, level by level: `[G, 1]`, `[G, K1]`, ..."""
     groups = rewards.shape[0]
     rows = [math.prod(factors[:level]) for level in range(len(factors) + 1)]
     return [rewards.reshape(groups, count, -1).mean(-1) for count in rows]
 
 
-def _tree_credit(advantages: list[Array], scale: Array) -> Credit:
+def _tree_credit(advantages: list[Array], scale: Array, share: float = 1.0) -> Credit:
     """Levels side by side; each row weighs as many as the leaves below it."""
     leaves = advantages[-1].shape[1]
-    weight = jnp.concatenate([jnp.full_like(a, leaves / a.shape[1]) for a in advantages], 1)
-    advantage = jnp.concatenate(advantages, 1) / (scale[:, None] + TINY)
-    return Credit(advantage, jnp.ones_like(advantage, bool), weight)
+    scaled = [advantage / (scale[:, None] + TINY) for advantage in advantages]
+    keep = [jnp.abs(a) >= jnp.quantile(jnp.abs(a), 1 - share) for a in scaled]
+    weight = [jnp.full_like(a, leaves / a.shape[1]) for a in scaled]
+    return Credit(*(jnp.concatenate(levels, 1) for levels in (scaled, keep, weight)))
 
 
 def within_share(rewards: Array, prompt: Array, prompts: int) -> Array:
-    """Share `[]` of a prompt's reward variance that arises after the branch point: mean within-group
-    variance over mean within-prompt variance of this stage, clipped to [0, 1]. prompt: `[G] i32`."""
+    """Share `[]` of a prompt's reward variance that arises after the branch point.
+
+    Mean within-group variance over mean within-prompt variance of this stage, clipped to [0, 1].
+    prompt: `[G] i32`.
+    """
     total = moments_by(jnp.repeat(prompt, rewards.shape[1]), rewards.reshape(-1), prompts)
     variance = total.deviation.sum() / jnp.maximum((total.count - 1).clip(0).sum(), 1)
     return jnp.clip(rewards.var(1, ddof=1).mean() / (variance + TINY), 0.0, 1.0)

@@ -3,20 +3,26 @@
 A scene is a background shade and, in each of four cells, nothing or one sprite: a look (shape,
 colour, texture) at a jitter. That grid is finite, and given the shade the cells are independent,
 so under a Gaussian pixel likelihood exp(-|x - t|^2 / 2 tau) every posterior below is exact.
-Rewards are log-posteriors:
+Rewards are such posteriors, from 0 to 1:
 
 - early: where things are, whatever they are: one thing in the asked place, or two in the asked
   direction.
 - late: what the things look like, wherever they are: the asked texture, else the asked colour,
   or, for two things, their shapes. Given that there are as many things as the caption speaks of.
-- mixed: both. log P(where) + log P(everything asked of the look | where).
+- mixed: the mean of early, late and the asked shapes. For two things late is the shapes, which so
+  count twice.
+
+A clean picture of what is asked scores about 0.9, and one wrong factor costs early or late nearly
+all of that, and mixed about a third (a shape of two, two thirds). Means of probabilities, not sums
+of logs: with those, a picture that leaves everything open can beat one that is right in all but one
+thing.
 
 Two questions, two likelihoods. Moving a sprite changes several times as many pixels as changing
 its texture, so each question has its own temperature, `tau_where` and `tau_what`, set such that
-one wrong factor costs about 3 to 7 nats. And a filling of the cells is as likely as the best
-sprites in it make it (a profile likelihood): averaged over 432 looks and jitters at so high a
-temperature, a filled cell would lose several nats to an empty one, and no clean picture could
-score near 0.
+one wrong factor costs about 3 to 7 nats of log-posterior: enough to decide, with a slope left to
+climb. And a filling of the cells is as likely as the best sprites in it make it (a profile
+likelihood): averaged over 432 looks and jitters at so high a temperature, a filled cell would lose
+several nats to an empty one, and no clean picture could score near 1.
 
 The prior of where: 0.4 on one thing (four places), 0.4 on two things side by side or one above
 the other (four pairs), and 0.2 on the other eight ways to fill four cells. Those keep an empty or
@@ -120,7 +126,7 @@ def early(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
     A caption without place or relation asks for exactly one thing, anywhere.
     batch: "target", `[B, 6] int32`, columns TARGETS, -1 where nothing is asked.
     """
-    return jnp.exp(_log_where(posterior(images, params), batch["target"]))
+    return _chance(posterior(images, params).where, _asked_fillings(batch["target"]))
 
 
 def late(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
@@ -129,14 +135,12 @@ def late(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
 
 
 def mixed(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
-    """Mean of the posteriors of the asked places, of the late look and of the shapes; `[B] f32` in [0, 1].
-
-    A mean of probabilities, not a log: the log is highest on pictures that leave everything open.
-    """
+    """Mean posterior of the asked places, the late look and the asked shapes; `[B] f32`, 0 to 1."""
     post, target = posterior(images, params), batch["target"]
     shapes = jnp.where(np.isin(np.arange(6), (0, 4, 5))[None, :], target, -1)
-    parts = (jnp.exp(_log_where(post, target)), _look(post, _late_target(target)), _look(post, shapes))
-    return sum(parts) / 3
+    where = _chance(post.where, _asked_fillings(target))
+    late_look = _look(post, _late_target(target))
+    return (where + late_look + _look(post, shapes)) / 3
 
 
 def success(images: Array, batch: Mapping[str, Array], params: Params) -> Array:
@@ -240,38 +244,24 @@ def _normalise(log_p: Array) -> Array:
     return log_p - logsumexp(log_p, axis=axes, keepdims=True)
 
 
-def _log_where(post: Posterior, target: Array) -> Array:
-    return logsumexp(post.where, axis=-1, where=_asked_fillings(target))
-
-
 def _look(post: Posterior, target: Array) -> Array:
-    """Posterior of the asked looks, wherever they are; `[B]`."""
-    anywhere = jnp.full_like(target[:, 3], -1)
-    return jnp.exp(_log_what(post, target, anywhere, anywhere))
-
-
-def _log_what(post: Posterior, target: Array, place: Array, relation: Array) -> Array:
-    """Log-posterior of the asked looks, `[B]`, given the place or relation (-1: any)."""
+    """Posterior of the asked looks, wherever they are, `[B]`."""
     asked = [
         (target[:, i, None] < 0) | (target[:, i, None] == np.arange(size)[None, :])
         for i, size in enumerate(post.one.shape[2:])
     ]
     look = asked[0][:, :, None, None] & asked[1][:, None, :, None] & asked[2][:, None, None, :]
-    here = (place[:, None] < 0) | (place[:, None] == np.arange(4)[None, :])
-    one = _log_share(post.one, here[:, :, None, None, None], look[:, None])
+    one = _chance(post.one, look[:, None])
     second = (target[:, 5:] < 0) | (target[:, 5:] == np.arange(post.two.shape[-1])[None, :])
     both = asked[0][:, :, None] & second[:, None, :]
-    side = (relation[:, None] < 0) | (relation[:, None] == PAIR_RELATION[None, :])
-    two = _log_share(post.two, side[:, :, None, None], both[:, None])
+    two = _chance(post.two, both[:, None])
     return jnp.where(_asks_one(target), one, two)
 
 
-def _log_share(log_p: Array, given: Array, asked: Array) -> Array:
-    """log P(asked | given), `[B]`, from log-probabilities `[B, ...]` and masks that broadcast."""
+def _chance(log_p: Array, asked: Array) -> Array:
+    """P(asked), `[B]`, from log-probabilities `[B, ...]` and a mask that broadcasts."""
     axes = tuple(range(1, log_p.ndim))
-    given = jnp.broadcast_to(given, log_p.shape)
-    whole = logsumexp(log_p, axis=axes, where=given)
-    return logsumexp(log_p, axis=axes, where=given & asked) - whole
+    return jnp.sum(jnp.exp(log_p), axis=axes, where=jnp.broadcast_to(asked, log_p.shape))
 
 
 def _asked_fillings(target: Array) -> Array:

@@ -1,9 +1,11 @@
 """Compiled rollouts of a sampler: `denoise` along a line, `branch` along a tree of shared prefixes.
 
-Shapes are static and branch points are traced numbers, so one compilation serves every branch point. The
-record keeps every latent in float32: rounding them would move the on-policy density ratio away from 1.
+Shapes are static and branch points are traced numbers, so one compilation serves every branch
+point. The record keeps every latent in float32: rounding them would move the on-policy density
+ratio away from 1.
 
-Dimensions: T steps, G groups (one prompt and one initial noise each), W rows a group, `...` latent shape.
+Dimensions: T steps, G groups (one prompt and one initial noise each), W rows a group, `...` latent
+shape.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ Predict = Callable[[Params, Array, Array, Context], Array]
 
 
 def guided(apply: Callable[[Params, Array, Array, Array], Array], scale: float) -> Predict:
-    """A network with classifier-free guidance as one call on a doubled batch; scale 1 needs no doubling."""
+    """A network with classifier-free guidance, one call on a doubled batch; scale 1 needs none."""
 
     def plain(params: Params, x: Array, timestep: Array, context: Context) -> Array:
         return apply(params, x, timestep, context.prompt)
@@ -54,7 +56,9 @@ def guided(apply: Callable[[Params, Array, Array, Array], Array], scale: float) 
 class Rollout(NamedTuple):
     """A tree of trajectories. Column w of a group is one stretch between two branch points.
 
-    Columns are ordered by level: 1 trunk, then K1 branches, then K1*K2 twigs, ...; siblings are neighbours.
+    Columns are ordered by level: 1 trunk, then K1 branches, then K1*K2 twigs, ...; siblings are
+    neighbours.
+
     latents: `[T+1, G, W, ...] f32`; column w is valid at positions first[w] .. last[w].
     log_density: `[T, G, W] f32` of the step taken; valid at steps first[w] .. last[w]-1.
     first, last: `[W] i32`.
@@ -71,7 +75,8 @@ def step_out(
 ) -> diffusion.Gaussian:
     """The distribution of the next latents of rows x `[B, ...]` at step `[]` or `[B]`."""
     step = jnp.broadcast_to(step, x.shape[:1])
-    return diffusion.transition(sampler, step, x, predict(params, x, sampler.timestep[step], context))
+    out = predict(params, x, sampler.timestep[step], context)
+    return diffusion.transition(sampler, step, x, out)
 
 
 def denoise(
@@ -95,7 +100,8 @@ def denoise(
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         x, path, density = carry
         step = step_out(predict, params, sampler, i, x, context)
-        x = step.mean + step.std * jax.random.normal(jax.random.fold_in(key, i), x.shape, jnp.float32)
+        noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, jnp.float32)
+        x = step.mean + step.std * noise
         return x, path.at[i + 1].set(x), density.at[i].set(diffusion.log_density(step, x))
 
     density = jnp.zeros((sampler.steps, x.shape[0]), jnp.float32)
@@ -112,10 +118,11 @@ def branch(
     splits: Array,
     factors: Sequence[int],
 ) -> tuple[Array, Rollout]:
-    """Samples a tree from each initial noise: at step splits[l] every row continues in factors[l] ways.
+    """Samples a tree from each initial noise: at step splits[l] rows continue in factors[l] ways.
 
     A shared stretch is computed once, and all branches of all groups advance in one batched call.
-    x: `[G, ...]` initial noise. context: of G rows. splits: `[len(factors)] i32`, traced, not decreasing.
+    x: `[G, ...]` initial noise. context: of G rows.
+    splits: `[len(factors)] i32`, traced, not decreasing.
     Returns the leaves `[G, prod(factors), ...]` and the record.
     """
     groups, last_step = x.shape[0], jnp.full((1,), sampler.steps, jnp.int32)
@@ -131,7 +138,10 @@ def branch(
         columns.append(path.reshape(-1, groups, rows, *x.shape[1:]))
         densities.append(density.reshape(-1, groups, rows))
     width = level_sizes(factors)
-    first, last = (jnp.repeat(b, jnp.asarray(width), total_repeat_length=sum(width)) for b in (bounds[:-1], bounds[1:]))
+    first, last = (
+        jnp.repeat(b, jnp.asarray(width), total_repeat_length=sum(width))
+        for b in (bounds[:-1], bounds[1:])
+    )
     record = Rollout(jnp.concatenate(columns, 2), jnp.concatenate(densities, 2), first, last)
     return x.reshape(groups, rows, *x.shape[1:]), record
 
@@ -142,15 +152,23 @@ def level_sizes(factors: Sequence[int]) -> tuple[int, ...]:
 
 
 def path_divergence(
-    predict: Predict, params: Params, reference: Params, sampler: Sampler, path: Array, context: Context
+    predict: Predict,
+    params: Params,
+    reference: Params,
+    sampler: Sampler,
+    path: Array,
+    context: Context,
 ) -> Array:
-    """KL(policy || reference) `[T, B]` of each step along a policy's own path `[T+1, B, ...]`, in nats.
+    """KL(policy || reference) `[T, B]`, in nats, of each step along a policy's own path.
 
-    Its sum over steps, averaged over paths, is the divergence of the two path distributions.
+    path: `[T+1, B, ...]`. Its sum over steps, averaged over paths, is the divergence of the two
+    path distributions.
     """
 
     def one_step(i: Array) -> Array:
-        ours, theirs = (step_out(predict, p, sampler, i, path[i], context) for p in (params, reference))
+        ours, theirs = (
+            step_out(predict, p, sampler, i, path[i], context) for p in (params, reference)
+        )
         return diffusion.divergence(ours, theirs)
 
     return jax.lax.map(one_step, jnp.arange(sampler.steps))

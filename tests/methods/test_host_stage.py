@@ -1,7 +1,8 @@
-"""B2-DiffuRL with a reward on the host: the same stage as on the device, in chunks, beside the rollouts."""
+"""B2-DiffuRL with a reward on the host: as on the device, in chunks, beside the rollouts."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from pathlib import Path
@@ -48,7 +49,7 @@ def decode(latents):
 
 
 def brightness(images, batch):
-    """Of the first pixel row more or less, by the prompt: rewards must meet their own pictures."""
+    """Of the first pixel row, and of the prompt: rewards must meet their own pictures."""
     share = images[:, 0].reshape(len(images), -1).mean(1) / 255
     return share * (1 + batch["target"]["bright"]) + batch["prompt"]
 
@@ -75,77 +76,118 @@ def make_host(reward: HostReward, chunks: int, rows=None, config: b2_diffurl.Con
     return b2_diffurl.make_host_stage(PREDICT, config, SHAPE, decode, reward, rows, chunks)
 
 
+class Switched(HostReward):
+    """A reward whose score can be changed, so that one compiled stage serves all tests."""
+
+    def __init__(self) -> None:
+        super().__init__("moody", lambda images, batch: self.score(images, batch))
+        self.score = brightness
+        self.submitted = 0
+        self.on_submit = lambda count: None
+
+    def submit(self, pictures, batch):
+        self.submitted += 1
+        self.on_submit(self.submitted)
+        return super().submit(pictures, batch)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    with Switched() as reward:
+        yield reward, make_host(reward, 2)
+
+
 @pytest.fixture
-def bright():
-    with HostReward("brightness", brightness) as reward:
-        yield reward
+def reward(compiled):
+    reward, _ = compiled
+    reward.score, reward.submitted, reward.on_submit = brightness, 0, lambda count: None
+    return reward
 
 
-def run(stage, state, task, stages: int = 2):
-    log = []
-    for i in range(stages):
-        key = jax.random.fold_in(jax.random.key(7), jax.device_put(np.uint32(i)))
-        if state.step.committed:
-            key = jax.device_put(key, state.step.sharding)
-        with jax.transfer_guard("disallow"):
-            state, metrics = stage(state, task, key)
-        log.append(jax.device_get(metrics))
-    return state, log
+@pytest.fixture
+def stage(compiled, reward):
+    """In two chunks, asking `reward`."""
+    return compiled[1]
 
 
-def assert_close(a, b, atol: float = 2e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol), a, b)
+def run(stage, state, task):
+    key = jax.random.fold_in(jax.random.key(7), 0)
+    if state.step.committed:
+        key = jax.device_put(key, state.step.sharding)
+    with jax.transfer_guard("disallow"):
+        state, metrics = stage(state, task, key)
+    return state, jax.device_get(metrics)
+
+
+def assert_close(a, b, tolerance: float = 1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, tolerance, tolerance), a, b)
+
+
+def assert_same_weights(a, b):
+    """On average: Adam makes whole steps of the smallest gradients, whatever rounding left of them."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.abs(np.asarray(x) - np.asarray(y)).mean() < 1e-4
 
 
 # --- the same as on the device -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ["branch_loo", "telescope"])
-def test_one_chunk_is_the_stage_on_the_device(bright: HostReward, estimator):
-    config = dataclasses.replace(CONFIG, estimator=estimator, ema=0.5)
+def test_one_chunk_is_the_stage_on_the_device(reward: HostReward):
+    config = dataclasses.replace(CONFIG, estimator="telescope", ema=0.5)
     device = b2_diffurl.make_stage(PREDICT, config, SHAPE, decode, device_brightness)
-    state, log = run(device, make_state(config), make_task())
-    host_state, host_log = run(make_host(bright, 1, config=config), make_state(config), make_task())
-    assert log[0].keys() == host_log[0].keys()
-    for ours, theirs in zip(host_log, log, strict=True):
-        # The gradient of a ratio of 1 is what rounding leaves of the ratio.
-        assert ours.pop("ratio_error") < 1e-6 > theirs.pop("ratio_error")
-        assert_close(ours, theirs, 1e-5)
-    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), state.params, make_state(config).params)
-    assert max(jax.tree.leaves(moved)) > 1e-2, "nothing was trained"
-    # Adam makes full steps of the smallest gradients, so single weights may differ by more.
-    for got, expected in zip(
-        jax.tree.leaves(host_state.params), jax.tree.leaves(state.params), strict=True
-    ):
-        assert np.mean(np.abs(got - expected)) < 1e-4
-    assert_close(host_state.extra, state.extra, 1e-5)
-    assert int(host_state.step) == 2
+    expected, log = run(device, make_state(config), make_task())
+    state, host_log = run(make_host(reward, 1, config=config), make_state(config), make_task())
+    assert log.keys() == host_log.keys()
+    # What rounding leaves of a log ratio of 0.
+    assert host_log.pop("ratio_error") < 1e-6 > log.pop("ratio_error")
+    assert_close(host_log, log)
+    assert_close(state.extra, expected.extra)
+    assert_same_weights((state.params, state.slow), (expected.params, expected.slow))
+    start = make_state(config)
+    assert not np.allclose(
+        state.params["model"]["patch_in"]["kernel"], start.params["model"]["patch_in"]["kernel"]
+    )
+    assert int(state.step) == 1
 
 
-def test_chunks_learn_from_all_groups_with_their_own_rewards(bright: HostReward):
+def test_chunks_learn_from_all_groups_with_their_own_rewards(reward: Switched, stage):
     """By the per-prompt history: counts and means of what was scored, chunk by chunk."""
     asked = []
 
     def score(images, batch):
-        asked.append((batch["prompt"], brightness(images, batch)))
+        asked.append((batch["prompt"], brightness(images, batch), images.copy()))
         return asked[-1][1]
 
-    with HostReward("brightness", score) as reward:
-        state, log = run(make_host(reward, 4), make_state(), make_task(), 1)
-    assert len(asked) == 4
-    prompt, rewards = (np.concatenate(a) for a in zip(*asked, strict=True))
-    assert prompt.shape == (CONFIG.groups * CONFIG.leaves,)
+    reward.score = score
+    before = make_state()
+    state, log = run(stage, before, make_task())
+    assert len(asked) == 2
+    prompt, rewards, images = (np.concatenate(a) for a in zip(*asked, strict=True))
+    assert images.shape == (CONFIG.groups * CONFIG.leaves, *SHAPE)
+    assert (asked[0][2] != asked[1][2]).mean() > 0.5, "the chunks are drawn apart"
+    assert (prompt.reshape(-1, 2)[:, 0] == prompt.reshape(-1, 2)[:, 1]).all(), "siblings together"
     history = state.extra.history
     for p in range(PROMPTS):
         assert history.count[-1, p] == (prompt == p).sum()
-        if (prompt == p).any():
-            np.testing.assert_allclose(history.mean[-1, p], rewards[prompt == p].mean(), rtol=1e-5)
-    np.testing.assert_allclose(log[0]["reward"], rewards.mean(), rtol=1e-5)
-    # Only branches of one group share a prompt in twos.
-    assert (prompt.reshape(-1, 2)[:, 0] == prompt.reshape(-1, 2)[:, 1]).all()
-    assert log[0]["ratio_error"] < 1e-6, "latents and densities must come from the same group"
-    assert log[0]["trained_pairs"] == CONFIG.groups * CONFIG.leaves * CONFIG.suffix_start
-    assert log[0]["reward_evaluations"] == CONFIG.groups * CONFIG.leaves
+        np.testing.assert_allclose(history.mean[-1, p], rewards[prompt == p].mean(), rtol=1e-5)
+    np.testing.assert_allclose(log["reward"], rewards.mean(), rtol=1e-5)
+    assert log["ratio_error"] < 1e-6, "latents and densities must come from the same group"
+    assert log["trained_pairs"] == CONFIG.groups * CONFIG.leaves * CONFIG.suffix_start
+    assert log["reward_evaluations"] == CONFIG.groups * CONFIG.leaves
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params)), "donated"
+
+
+def test_devices_do_not_matter(reward: HostReward, stage):
+    """Two chunks of 8 groups on one device and on eight."""
+    mesh = meshes.make_mesh()
+    put = meshes.replicated(mesh)
+    sharded = make_host(reward, 2, meshes.batch_sharding(mesh))
+    state, log = run(sharded, jax.device_put(make_state(), put), jax.device_put(make_task(), put))
+    expected, one_log = run(stage, make_state(), make_task())
+    assert log.pop("ratio_error") < 1e-6 > one_log.pop("ratio_error")
+    assert_close(log, one_log)
+    assert_close(jax.device_get(state.extra), jax.device_get(expected.extra))
+    assert_same_weights(state.params, expected.params)
 
 
 def test_joining_keeps_every_group_whole():
@@ -174,112 +216,78 @@ def test_joining_keeps_every_group_whole():
     np.testing.assert_array_equal(record.last, np.arange(width) + 1)
 
 
-def test_devices_do_not_matter(bright: HostReward):
-    """Two chunks of 8 groups on 8 devices and on one."""
-    logs, states = [], []
-    for count in (1, 8):
-        mesh = meshes.make_mesh({"data": count}, jax.devices()[:count])
-        put = meshes.replicated(mesh)
-        stage = make_host(bright, 2, meshes.batch_sharding(mesh))
-        state, log = run(stage, jax.device_put(make_state(), put), jax.device_put(make_task(), put), 1)
-        states.append(jax.device_get(state.extra))
-        logs.append(log[0])
-    assert_close(states[0], states[1], 1e-5)
-    for log in logs:
-        assert log.pop("ratio_error") < 1e-6
-    assert_close(logs[0], logs[1], 1e-5)
-
-
 # --- beside the rollouts -------------------------------------------------------------------------
 
 
-def test_the_next_chunk_is_dispatched_while_one_is_scored():
-    dispatched, order = threading.Event(), []
-
-    class Watched(HostReward):
-        def submit(self, pictures, batch):
-            order.append("submit")
-            if order.count("submit") == 2:
-                dispatched.set()
-            return super().submit(pictures, batch)
+def test_the_next_chunk_is_dispatched_while_one_is_scored(reward: Switched, stage):
+    dispatched, scored = threading.Event(), []
 
     def score(images, batch):
-        assert dispatched.wait(60), "the second chunk waits for the first one's rewards"
-        order.append("scored")
+        assert dispatched.wait(30), "the second chunk waits for the rewards of the first"
+        scored.append(reward.submitted)
         return brightness(images, batch)
 
-    with Watched("brightness", score) as reward:
-        run(make_host(reward, 2), make_state(), make_task(), 1)
-    assert order == ["submit", "submit", "scored", "scored"]
-
-
-def test_the_state_is_donated_and_the_chunks_are_drawn_apart(bright: HostReward):
-    seen = []
-
-    def score(images, batch):
-        seen.append(images.copy())
-        return brightness(images, batch)
-
-    with HostReward("brightness", score) as reward:
-        state = make_state()
-        run(make_host(reward, 2), state, make_task(), 1)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
-    assert (seen[0] != seen[1]).mean() > 0.5
+    reward.score = score
+    reward.on_submit = lambda count: dispatched.set() if count == 2 else None
+    run(stage, make_state(), make_task())
+    assert scored == [2, 2]
 
 
 # --- what may go wrong ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunks", [0, -1, 3, 32])
-def test_chunks_must_divide_the_groups(bright: HostReward, chunks: int):
+def test_chunks_must_divide_the_groups(reward: HostReward, chunks: int):
     with pytest.raises(UserError, match=f"chunks = {chunks}: must be at least 1 and divide groups"):
-        make_host(bright, chunks)
+        make_host(reward, chunks)
 
 
-def test_chunks_must_suit_the_devices(bright: HostReward):
+def test_chunks_must_suit_the_devices(reward: HostReward):
     rows = meshes.batch_sharding(meshes.make_mesh())
     with pytest.raises(UserError, match="groups / 4 chunks = 4: must be a positive multiple of 8"):
-        make_host(bright, 4, rows)
+        make_host(reward, 4, rows)
 
 
-@pytest.mark.parametrize(
-    ("bad", "kind", "said"),
-    [
-        (lambda images: [float("nan")] * len(images), NonFinite, "16 of 16 numbers are not finite"),
-        (lambda images: 1 / 0, UserError, "raised ZeroDivisionError: division by zero"),
-        (lambda images: [0.0], UserError, "gave shape (1,) for 16 pictures"),
-    ],
-)
-def test_a_bad_reward_stops_the_run_and_keeps_the_last_checkpoint(bad, kind, said, tmp_path: Path):
-    calls = []
+def train(stage, directory: Path, *, resume: bool):
+    """Four stages through `fit`: the state, and the steps that have a checkpoint."""
+    task = make_task()
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        state = fit(
+            make_state(),
+            stage,
+            lambda i: task,
+            jax.random.key(0),
+            steps=4,
+            checkpoints=checkpoints,
+            save_every=1,
+            resume=resume,
+        )
+        return state, checkpoints.steps()
 
+
+BAD = {
+    "NaN": (lambda images: [np.nan] * len(images), NonFinite, "16 of 16 numbers are not finite"),
+    "raises": (lambda images: 1 / 0, UserError, "raised ZeroDivisionError: division by zero"),
+    "wrong shape": (lambda images: [0.0], UserError, "gave shape (1,) for 16 pictures"),
+}
+
+
+@pytest.mark.parametrize(("bad", "kind", "said"), BAD.values(), ids=BAD)
+def test_a_bad_reward_stops_the_run_and_nothing_is_lost(
+    bad, kind, said: str, reward: Switched, stage, tmp_path: Path
+):
     def score(images, batch):
-        calls.append(1)
-        return brightness(images, batch) if len(calls) <= 4 else bad(images)
+        return bad(images) if reward.submitted > 4 else brightness(images, batch)
 
-    def train(score, resume: bool):
-        checkpoints = Checkpoints(tmp_path / "ckpt")
-        try:
-            with HostReward("moody", score) as reward:
-                stage, state, task = make_host(reward, 2), make_state(), make_task()
-                done = fit(
-                    state, stage, lambda i: task, jax.random.key(0), steps=4, put=lambda task: task,
-                    checkpoints=checkpoints, save_every=1, resume=resume,
-                )
-                return done, checkpoints.steps()
-        finally:
-            checkpoints.close()
-
+    reward.score = score  # good for two stages
     with pytest.raises(kind) as caught:
-        train(score, False)
+        train(stage, tmp_path / "ckpt", resume=False)
     assert str(caught.value).startswith("reward moody: ")
     assert said in str(caught.value)
-    resumed, steps = train(brightness, True)
-    assert steps == [3, 4], "begun again at 2"
-    assert int(resumed.step) == 4
-    expected, _ = run(make_host_again(), make_state(), make_task(), 4)
-    jax.tree.map(np.testing.assert_array_equal, resumed.extra, expected.extra)
 
-
-def make_host_again():
-    raise NotImplementedError
+    reward.score, reward.submitted = brightness, 0
+    state, steps = train(stage, tmp_path / "ckpt", resume=True)
+    assert steps == [3, 4]
+    assert reward.submitted == 4, "two stages were left"
+    whole, _ = train(stage, tmp_path / "whole", resume=False)
+    jax.tree.map(np.testing.assert_array_equal, state, whole)

@@ -40,7 +40,9 @@ def complaint(score: Callable, kind: type[Exception] = UserError, timeout: float
 
 def test_bytes_of_pictures_are_rounded_and_cut():
     pictures = jnp.array([-2.0, -1.0, 0.0, 1 / 127.5, 1.0, 3.0])
-    np.testing.assert_array_equal(to_uint8(pictures), np.array([0, 0, 128, 128, 255, 255], np.uint8))
+    np.testing.assert_array_equal(
+        to_uint8(pictures), np.array([0, 0, 128, 128, 255, 255], np.uint8)
+    )
     every = jnp.arange(256) / 127.5 - 1
     np.testing.assert_array_equal(to_uint8(every), np.arange(256, dtype=np.uint8))
 
