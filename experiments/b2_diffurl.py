@@ -1,7 +1,9 @@
-"""B2-DiffuRL against its neighbours on two picture worlds: `python -m experiments.b2_diffurl PRESET`.
+"""B2-DiffuRL against its neighbours on two picture worlds.
 
-A run trains a base model (cached), then each arm from it at the same number of reward evaluations, and
-leaves a folder an arm, the numbers of all of them, and a report with pictures.
+    python -m experiments.b2_diffurl [digits | sprites | tiny | claims]
+
+A run trains a base model (cached), then each arm from it at the same number of reward evaluations,
+and leaves a folder an arm, the numbers of all of them, and a report with pictures.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import dataclasses
 
 from experiments import b2_claims, cli, report
 from experiments.b2_claims import Claims
-from experiments.pictures import Experiment, Network, make_lab, run_arms, small
+from experiments.pictures import Experiment, Network, check, make_lab, run_arms, small
 from jaxalign.methods import denoising
 
 
@@ -34,6 +36,7 @@ def tiny() -> Experiment:
         world="sprites",
         reward="mixed",
         grammar="colour",
+        arms=("ddpo", "telescope"),
         network=Network(width=16, depth=1, heads=2),
         base=denoising.Config(updates=20, batch=16),
         b2=dataclasses.replace(
@@ -46,7 +49,7 @@ def tiny() -> Experiment:
 
 
 def claims() -> Claims:
-    """The paper's comparisons on both worlds, eight seeds; hours. Resumable, and partial runs are reported."""
+    """The paper's comparisons on both worlds, eight seeds: an hour and more, resumable."""
     return Claims()
 
 
@@ -56,8 +59,9 @@ PRESETS = {"digits": digits, "sprites": sprites, "tiny": tiny, "claims": claims}
 def run_all(run: cli.Run) -> None:
     """Every seed of the command line, one after the other, then the report."""
     if isinstance(run.config, Claims):
-        b2_claims.run(cli.open_workdir(run), run.config)
+        print(f"tables: {b2_claims.run(cli.open_workdir(run), run.config)}")
         return
+    check(run.config)
     for each in cli.open_seeds(run):
         run_arms(make_lab(each.config), each.config, each.workdir, resume=each.resume)
     print(report.table(run.workdir))

@@ -338,7 +338,7 @@ def main(
 
 
 def keep_compiled_programs() -> None:
-    """Compiled programs are kept in the cache, so that the second run of a preset starts at once."""
+    """Compiled programs are kept in the cache, so that a second run starts at once."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
 

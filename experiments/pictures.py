@@ -1,8 +1,8 @@
-"""Aligning a base model of a picture world by a reward: the parts that B2-DiffuRL's experiments share.
+"""Aligning a base model of a picture world by a reward: what B2-DiffuRL's experiments share.
 
-A lab is a world, its networks and its base model (trained once, then cached). An arm is a way to spend a
-budget of reward evaluations; `train_arm` trains one and leaves its folder. Arms differ in nothing but
-their `b2_diffurl.Config`.
+A lab is a world, its networks and its base model (trained once, then cached). An arm is a way to
+spend a budget of reward evaluations; `train_arm` trains one and leaves its folder. Arms differ in
+nothing but their `b2_diffurl.Config`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from jaxalign.core.loop import Hook, fit
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, Model, NonFinite, Params, PyTree, UserError
 from jaxalign.data import world as worlds
-from jaxalign.data.world import Prompts, World
+from jaxalign.data.world import Prompts, Reward, World
 from jaxalign.methods import b2_diffurl, denoising
 from jaxalign.models.patch_transformer import patch_transformer, token_embedding
 from jaxalign.ops import diffusion, diversity
 from jaxalign.rewards import jpeg
 from jaxalign.rewards.host import HostReward, to_uint8
-from jaxalign.rollout.diffusion import Predict, denoise, guided, path_divergence
+from jaxalign.rollout.diffusion import denoise, guided, path_divergence
 
 ALPHAS = diffusion.scaled_linear_alphas()
 
@@ -48,8 +48,8 @@ class Network:
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.heads) < 1 or self.width % (2 * self.heads):
             raise UserError(
-                f"width = {self.width}, depth = {self.depth}, heads = {self.heads}: all at least 1, and the "
-                "width divisible by twice the heads; change one of them"
+                f"width = {self.width}, depth = {self.depth}, heads = {self.heads}: all at "
+                "least 1, and the width divisible by twice the heads; change one of them"
             )
 
 
@@ -76,12 +76,14 @@ class Experiment:
     def __post_init__(self) -> None:
         for arm in self.arms:
             if arm not in ARMS:
-                raise UserError(f"arms: {arm!r} is not one of {', '.join(ARMS)}; give some of these")
+                raise UserError(
+                    f"arms: {arm!r} is not one of {', '.join(ARMS)}; give some of these"
+                )
         if min(self.evaluate_every, self.pictures, self.save_every) < 1:
             raise UserError("evaluate_every, pictures and save_every must be at least 1")
 
 
-# --- arms: the same budget of rewards spent in different ways ----------------------------------------
+# --- arms: the same budget of rewards spent in different ways -------------------------------------
 
 Arm = Callable[[b2_diffurl.Config], b2_diffurl.Config]
 
@@ -121,15 +123,15 @@ ARMS: Mapping[str, Arm] = {
     "official": lambda c: dataclasses.replace(c, estimator="official"),
     # B2-DiffuRL with a leave-one-out baseline among the branches
     "loo": lambda c: dataclasses.replace(c, estimator="branch_loo"),
-    # credit for prefix and suffix from branch means with shrunken baselines, on all steps of the rows
-    # with the largest credit
+    # credit for prefix and suffix from branch means with shrunken baselines, on all steps of the
+    # rows with the largest credit
     "telescope": _telescope,
     # control: selection of the best and the worst without branches, with backward training
     "extremes": lambda c: dataclasses.replace(_independent(c), estimator="extremes"),
 }
 
 
-# --- the world and its base model ----------------------------------------------------------------------
+# --- the world and its base model -----------------------------------------------------------------
 
 
 def make_world(config: Experiment) -> World:
@@ -145,11 +147,20 @@ def make_world(config: Experiment) -> World:
     known = [*world.rewards, *jpeg.REWARDS]
     if config.reward not in known:
         raise UserError(
-            f"reward = {config.reward!r}: the {world.name} world has {', '.join(known)}; give one of these"
+            f"reward = {config.reward!r}: the {world.name} world has {', '.join(known)}; give "
+            "one of these"
         )
     if config.prompts:
         world = world._replace(train=worlds.load_prompt_file(config.prompts, world))
     return world
+
+
+def check(config: Experiment) -> None:
+    """Raises UserError for what is wrong with a configuration, before anything is written."""
+    make_world(config)
+    mesh = meshes.make_mesh(meshes.parse_mesh(config.mesh))
+    for arm in config.arms:
+        meshes.check_divisible(f"groups of arm {arm}", ARMS[arm](config.b2).groups, mesh)
 
 
 class Networks(NamedTuple):
@@ -160,6 +171,7 @@ class Networks(NamedTuple):
 
 
 def make_networks(world: World, network: Network) -> Networks:
+    """The networks that fit a world's pictures and captions."""
     length = world.vocabulary.length
     return Networks(
         token_embedding(world.vocabulary.size, length, network.width),
@@ -175,7 +187,7 @@ def make_networks(world: World, network: Network) -> Networks:
 
 
 def base_model(config: Experiment, world: World) -> Params:
-    """`{"text", "net"}` of the base model, trained once for each configuration of world and training."""
+    """`{"text", "net"}` of the base model, trained once for each configuration."""
     networks = make_networks(world, config.network)
 
     def train() -> Params:
@@ -201,7 +213,7 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
 
 
-# --- evaluation ------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 class Evaluation(NamedTuple):
@@ -230,7 +242,7 @@ class Drawn(NamedTuple):
 def compiled_drawing(
     apply: Callable[..., Array], shape: tuple[int, ...], b2: b2_diffurl.Config, pictures: int
 ) -> Callable[[TrainState, b2_diffurl.Task, Array], Drawn]:
-    """`(state, task, key) -> Drawn`: `pictures` of each prompt of the task by the state's policy."""
+    """`(state, task, key) -> Drawn`: `pictures` of each prompt by the state's policy."""
     predict = guided(apply, b2.guidance)
 
     @jax.jit
@@ -275,7 +287,7 @@ def summarise(evaluation: Evaluation, pictures: int) -> dict[str, Array]:
     }
 
 
-# --- one arm ---------------------------------------------------------------------------------------------
+# --- one arm --------------------------------------------------------------------------------------
 
 
 class Lab(NamedTuple):
@@ -288,6 +300,7 @@ class Lab(NamedTuple):
 
 
 def make_lab(config: Experiment) -> Lab:
+    """The lab of a configuration; trains the base model where it is not cached."""
     world = make_world(config)
     mesh = meshes.make_mesh(meshes.parse_mesh(config.mesh))
     return Lab(world, make_networks(world, config.network), base_model(config, world), mesh)
@@ -324,16 +337,16 @@ def make_evaluation(
         drawn = draw(state, task, key)
         seen = read(drawn, score(drawn.images, drawn.batch, task.reward), task.reward)
         parts = {"train": slice(None, boundary), "heldout": slice(boundary, None)}
-        return {name: jax.tree.map(lambda a: a[rows], seen) for name, rows in parts.items()}
+        return {name: Evaluation(*(a[rows] for a in seen)) for name, rows in parts.items()}
 
     return run
 
 
-# --- rewards, of the world and of the host -----------------------------------------------------------
+# --- rewards, of the world and of the host --------------------------------------------------------
 
 
 def open_reward(config: Experiment) -> HostReward | None:
-    """The run's reward where it is one of the host, to be closed; None for a reward of the world."""
+    """The run's reward if it is one of the host, to be closed; None for one of the world."""
     if config.reward not in jpeg.REWARDS:
         return None
     return HostReward(config.reward, jpeg.REWARDS[config.reward])
@@ -385,8 +398,9 @@ class RatioIsOne:
         error = metrics.get("ratio_error", 0.0)
         if error > self.limit:
             raise NonFinite(
-                f"stopped at stage {step}: before the first update the density ratio must be 1, but its log is off "
-                f"by {error:.3g}; rollout and update evaluate different functions"
+                f"stopped at stage {step}: before the first update the density ratio must be 1, "
+                f"but its log is off by "
+                f" {error:.3g}; rollout and update evaluate different functions"
             )
 
     def resume(self, step: int) -> None:
@@ -399,9 +413,8 @@ class RatioIsOne:
 def train_arm(
     lab: Lab, config: Experiment, arm: str, directory: Path, *, resume: bool
 ) -> dict[str, float]:
-    """Trains one arm, leaving metrics, samples, checkpoints and `result.json`; returns the final numbers."""
+    """Trains one arm into its folder, and returns the final numbers."""
     b2 = ARMS[arm](config.b2)
-    meshes.check_divisible("groups", b2.groups, lab.mesh)
     task = make_task(lab, b2, lab.world.train)
     key = jax.random.key(config.seed)
     state = b2_diffurl.init(b2, lab.base["net"], task.context.shape[0], key, LORA_RULE)
@@ -435,6 +448,7 @@ def train_arm(
             sinks=[RatioIsOne(), *opened],
             hooks=[Hook(config.evaluate_every, measure)],
             title=arm,
+            speed=(b2.groups * b2.leaves, "images"),
             shown=("reward", "suffix"),
             put=lambda task: task,
         )
@@ -450,6 +464,7 @@ LORA_RULE = r".*attention/(qkv|kv_context|out)/kernel"
 
 
 def open_sinks(config: Experiment, directory: Path, arm: str) -> list[sinks.Sink]:
+    """Where the metrics of an arm go, to be closed."""
     opened: list[sinks.Sink] = [sinks.JsonLines(directory / "metrics.jsonl")]
     if config.tensorboard:
         opened.append(sinks.TensorBoard(directory / "tensorboard"))
@@ -461,16 +476,21 @@ def open_sinks(config: Experiment, directory: Path, arm: str) -> list[sinks.Sink
 def save_samples(
     world: World, pictures: int, directory: Path, when: str, results: Mapping[str, Evaluation]
 ) -> None:
-    """`samples-WHEN.npz`: for both prompt lists the first four pictures of each prompt, 8 bit, and their rewards."""
+    """`samples-WHEN.npz`: four pictures of each prompt, 8 bit, and the rewards of all of them."""
     arrays: dict[str, np.ndarray] = {}
     for name, evaluation in results.items():
-        images = np.asarray(jax.device_get(evaluation.images)).reshape(-1, pictures, *world.image_shape)
+        images = np.asarray(jax.device_get(evaluation.images)).reshape(
+            -1, pictures, *world.image_shape
+        )
         reward = np.asarray(jax.device_get(evaluation.reward)).reshape(-1, pictures)
         success = np.asarray(jax.device_get(evaluation.success)).reshape(-1, pictures)
         arrays[f"{name}/images"] = np.asarray(to_uint8(images[:, :4]))
         arrays[f"{name}/prompts"] = np.array(getattr(world, name).text)
         arrays[f"{name}/reward"], arrays[f"{name}/success"] = reward, success
-    with sinks.replacing(directory / f"samples-{when}.npz") as temporary, open(temporary, "wb") as file:
+    with (
+        sinks.replacing(directory / f"samples-{when}.npz") as temporary,
+        open(temporary, "wb") as file,
+    ):
         np.savez_compressed(file, **arrays)
 
 
@@ -484,7 +504,7 @@ def run_arms(lab: Lab, config: Experiment, directory: Path, *, resume: bool) -> 
 
 
 def small(**changes: Any) -> b2_diffurl.Config:
-    """A stage that a CPU runs in a second: 160 pictures, 10 steps, the released proportions otherwise."""
+    """A stage that a CPU runs in a second: 160 pictures, 10 steps, else the released shares."""
     config = b2_diffurl.Config(
         groups=32,
         branches=(5,),

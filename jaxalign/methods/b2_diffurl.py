@@ -1,18 +1,18 @@
 """B2-DiffuRL: backward progressive training and branch-based sampling for diffusion models.
 
-Hu et al., "Towards Better Alignment: Training Diffusion Models with Reinforcement Learning Against Sparse
-Rewards", CVPR 2025 (arXiv 2503.11240), and the code released with it. One stage is
+Hu et al., "Towards Better Alignment: Training Diffusion Models with Reinforcement Learning Against
+Sparse Rewards", CVPR 2025 (arXiv 2503.11240), and the code released with it. One stage is
 
     sample   every group's prefix once, then K branches of it from the split to the picture,
     score    the pictures with a reward,
-    select   an advantage for every row of the tree (`ops.policy_gradient`), and which rows to train on,
+    select   an advantage for every row of the tree (`ops.policy_gradient`), and which rows count,
     update   a clipped policy gradient over the kept (row, step) pairs of the trained suffix.
 
-The trained suffix grows backward from the last steps. With one branch, the whole path trained and the
-estimator `prompt_z`, the same program is DDPO (Black et al. 2024).
+The trained suffix grows backward from the last steps. With one branch, the whole path trained and
+the estimator `prompt_z`, the same program is DDPO (Black et al. 2024).
 
 Departures from the released code:
-  - one compiled program per stage; the split is a traced number, so the growing suffix compiles once;
+  - one compiled program per stage; the split is a traced number, so it compiles only once;
   - latents are kept in float32 (it keeps float16, which moves the density ratio away from 1);
   - an epoch's pairs are shared out evenly over its updates; the release loses the remainder;
   - estimators beyond `official`, adaptive growth, step weights, KL penalty, EMA: off by default.
@@ -59,7 +59,7 @@ Estimator = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Defaults are those of the released launch script, with its symbol or its name in the comment."""
+    """Defaults are those of the released launch script; its symbols stand in the comments."""
 
     stages: int = 100  # J
     groups: int = 256  # 32 batches of 8 prompts
@@ -70,7 +70,8 @@ class Config:
     suffix_start: int = 14  # s_lo, trained steps in the first stage
     suffix_stop: int = 20  # s_hi, in the last
     growth: Literal["clock", "adaptive"] = "clock"
-    growth_share: float = 0.5  # adaptive: grow when less of the reward's variance arises in the suffix
+    # adaptive: grow when less than this share of the reward's variance arises in the suffix
+    growth_share: float = 0.5
     estimator: Estimator = "official"
     threshold: float = 0.5  # official: z of the best and the worst branch
     keep_share: float = 1.0  # telescope_shrunk: rows trained on, those of largest advantage
@@ -91,13 +92,19 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("stages", "groups", "steps", "history", "epochs", "updates", "micro_batch"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1; give a positive number")
+                raise UserError(
+                    f"{name} = {getattr(self, name)}: must be at least 1; give a positive number"
+                )
         for name in ("learning_rate", "gradient_clip", "clip", "advantage_clip"):
             if not getattr(self, name) > 0:
-                raise UserError(f"{name} = {getattr(self, name)}: must be positive; try the default")
+                raise UserError(
+                    f"{name} = {getattr(self, name)}: must be positive; try the default"
+                )
         for name in ("kl_weight", "weight_decay", "lora_rank", "threshold"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name} = {getattr(self, name)}: must not be negative; 0 turns it off")
+                raise UserError(
+                    f"{name} = {getattr(self, name)}: must not be negative; 0 turns it off"
+                )
         if not 0 < self.keep_share <= 1:
             raise UserError(f"keep_share = {self.keep_share}: a share lies in (0, 1]; 1 keeps all")
         if not 0 <= self.ema < 1:
@@ -111,24 +118,38 @@ class Config:
                 f"suffix_start = {self.suffix_start}, suffix_stop = {self.suffix_stop}: need "
                 f"1 <= suffix_start <= suffix_stop <= steps = {self.steps}; change one of the three"
             )
+        trained = self.steps if self.estimator.startswith("telescope") else self.suffix_start
+        if self.step_weight == "drop_last" and trained <= 2:
+            raise UserError(
+                f"step_weight = drop_last: leaves none of the {trained} trained steps; lengthen "
+                "suffix_start, or choose another step_weight"
+            )
 
     def _check_branches(self) -> None:
         if not self.branches or min(self.branches) < 1:
-            raise UserError(f"branches = {self.branches}: give at least one number, each at least 1")
+            raise UserError(
+                f"branches = {self.branches}: give at least one number, each at least 1"
+            )
         nested = self.estimator.startswith("telescope")
         if len(self.branches) > 1 and not nested:
             raise UserError(
-                f"branches = {self.branches}: nested branchings need estimator telescope; give one number"
+                f"branches = {self.branches}: nested branchings need estimator telescope; "
+                "give one number"
             )
         if len(self.branches) > self.suffix_start:
             raise UserError(
-                f"branches = {self.branches}: {len(self.branches)} splits do not fit in suffix_start = "
-                f"{self.suffix_start} steps; lengthen the suffix"
+                f"branches = {self.branches}: {len(self.branches)} splits do not fit in "
+                f"suffix_start = {self.suffix_start} steps; lengthen the suffix"
             )
         if min(self.branches) < 2 and (nested or self.estimator.startswith("branch")):
             raise UserError(
-                f"branches = {self.branches}: estimator {self.estimator} compares sibling branches; "
-                "give at least 2"
+                f"branches = {self.branches}: estimator {self.estimator} compares sibling "
+                "branches; give at least 2"
+            )
+        if self.estimator == "extremes" and self.groups * self.leaves % 5:
+            raise UserError(
+                f"groups = {self.groups}, branches = {self.branches}: estimator extremes "
+                "selects among 5 pictures at a time; let their product be a multiple of 5"
             )
 
     @property
@@ -156,7 +177,7 @@ class Task(NamedTuple):
 
 
 class Extra(NamedTuple):
-    """history: per-prompt score moments `[S, P]`. suffix: `[] i32`, steps trained in the next stage.
+    """history: per-prompt score moments `[S, P]`. suffix: `[] i32`, steps the next stage trains.
 
     The rest are running totals `[] i32`: rewards asked, network rows evaluated in sampling, and
     (row, step) pairs trained on.
@@ -184,18 +205,24 @@ Reward = Callable[[Array, dict[str, Any], PyTree], Array]
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """AdamW behind a clipped gradient norm, as released.
 
-    The rates are kept in the optimizer's state, so that one compiled stage serves a sweep over them.
+    The rates are kept in the optimizer's state, so that one compiled stage serves a sweep over
+    them.
     """
-    adamw = optax.inject_hyperparams(optax.adamw)(config.learning_rate, weight_decay=config.weight_decay)
+    adamw = optax.inject_hyperparams(optax.adamw)(
+        config.learning_rate, weight_decay=config.weight_decay
+    )
     return optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw)
 
 
 def trainable(config: Config) -> str:
+    """The path rule of what is trained: the adapters if there are any, else the network."""
     return "lora/.*" if config.lora_rank else "model/.*"
 
 
-def init(config: Config, base: Params, prompts: int, key: Array, lora_rule: str = ".*") -> TrainState:
-    """The state before the first stage: the base model, with adapters where `lora_rank` asks for them."""
+def init(
+    config: Config, base: Params, prompts: int, key: Array, lora_rule: str = ".*"
+) -> TrainState:
+    """The state before the first stage: the base model, with adapters if `lora_rank` is not 0."""
     # Copies: the state is donated to the stage, the base is not.
     params = {"model": jax.tree.map(jnp.copy, base)}
     if config.lora_rank:
@@ -240,7 +267,10 @@ def sample(
     task: Task,
     key: Array,
 ) -> Samples:
-    """Draws prompts with replacement and samples their trees; latents have `shape`, groups lie as `rows`."""
+    """Draws prompts with replacement and samples their trees.
+
+    shape: of a latent. rows: how groups lie on a mesh.
+    """
     prompt_key, start_key, path_key = jax.random.split(key, 3)
     prompt = jax.random.randint(prompt_key, (config.groups,), 0, task.context.shape[0])
     start = jax.random.normal(start_key, (config.groups, *shape), jnp.float32)
@@ -260,7 +290,7 @@ def sample(
 
 
 def credit(config: Config, rewards: Array, prompt: Array, pooled: pg.Moments) -> pg.Credit:
-    """Advantages of the whole tree `[G, W]` by the estimator of `config`. rewards: `[G, leaves]`."""
+    """Credit for the whole tree by the estimator of `config`. rewards: `[G, leaves]`."""
     mean, std = pooled.mean[prompt], pooled.std()[prompt]
     if config.estimator == "telescope":
         return pg.telescope(rewards, mean, std, config.branches)
@@ -279,14 +309,16 @@ def credit(config: Config, rewards: Array, prompt: Array, pooled: pg.Moments) ->
 
 
 class Pairs(NamedTuple):
-    """Kept (row, step) pairs in random order: flat indices `[T*G*W] i32` of which `count` come first."""
+    """order: `[T*G*W] i32`, flat indices, the kept pairs first and shuffled. count: `[] i32`."""
 
     order: Array
     count: Array
 
 
 def select_pairs(keep: Array, record: Rollout, weight: Array, key: Array) -> Pairs:
-    """The pairs to train on: kept rows `[G, W]`, steps that the row ran, steps of positive weight `[T]`."""
+    """The pairs to train on: kept rows `[G, W]`, steps that the row ran, steps of positive weight
+    `[T]`.
+    """
     step = jnp.arange(weight.shape[0])[:, None, None]
     ran = (step >= record.first[None, None]) & (step < record.last[None, None])
     chosen = (keep[None] & ran & (weight > 0)[:, None, None]).reshape(-1)
@@ -296,7 +328,9 @@ def select_pairs(keep: Array, record: Rollout, weight: Array, key: Array) -> Pai
 
 
 class PairBatch(NamedTuple):
-    """M pairs: latent before and after the step `[M, ...]`, the rest `[M]`; weight is 0 on padding."""
+    """M pairs: latent before and after the step `[M, ...]`, the rest `[M]`; weight is 0 on
+    padding.
+    """
 
     x: Array
     x_next: Array
@@ -376,11 +410,15 @@ def update(
     weight = diffusion.step_weights(config.step_weight, task.sampler, _latent_change(record))
     reference = reference_params(state)  # read before the loop: the updates do not move it
 
-    def objective(params: Params, batch: PairBatch, key: Array) -> tuple[Mean, dict[str, Mean | Max]]:
+    def objective(
+        params: Params, batch: PairBatch, key: Array
+    ) -> tuple[Mean, dict[str, Mean | Max]]:
         del key
         return pair_loss(predict, config, task.sampler, weight, reference, params, batch)
 
-    def optimizer_step(carry: tuple[TrainState, Pairs], i: Array) -> tuple[tuple[TrainState, Pairs], dict]:
+    def optimizer_step(
+        carry: tuple[TrainState, Pairs], i: Array
+    ) -> tuple[tuple[TrainState, Pairs], dict]:
         state, pairs = carry
         pairs = jax.lax.cond(
             i % config.updates == 0,
@@ -401,7 +439,10 @@ def update(
             objective, state.params, take, count, key, trainable=trainable(config)
         )
         metrics |= {"gradient_norm": optax.tree.norm(gradient), "pairs": end - begin}
-        return (steps.apply_gradient(state, gradient, optimizer, trainable=trainable(config)), pairs), metrics
+        return (
+            steps.apply_gradient(state, gradient, optimizer, trainable=trainable(config)),
+            pairs,
+        ), metrics
 
     nothing = Pairs(jnp.zeros(record.log_density.size, jnp.int32), jnp.zeros((), jnp.int32))
     (state, _), log = jax.lax.scan(
@@ -461,8 +502,11 @@ def _finish_stage(
 
 
 def next_suffix(config: Config, stage: Array, suffix: Array, share: Array) -> Array:
-    """Steps trained in `stage` (counted from 0). By the clock, the range in equal parts over the run;
-    adaptive, one more step when less than `growth_share` of the variance still arises in the suffix."""
+    """Steps trained in `stage` (counted from 0).
+
+    By the clock, the range in equal parts over the run; adaptive, one more step when less than
+    `growth_share` of the variance still arises in the suffix.
+    """
     span = config.suffix_stop - config.suffix_start + 1
     if config.growth == "clock":
         grown = config.suffix_start + stage * span // config.stages
@@ -479,9 +523,12 @@ def make_stage(
     reward: Reward,
     rows: NamedSharding | None = None,
 ) -> Callable[[TrainState, Task, Array], tuple[TrainState, dict[str, Array]]]:
-    """The whole stage as one compiled program `(state, task, key) -> (state, metrics)`; the state is donated.
+    """The whole stage as one compiled program `(state, task, key) -> (state, metrics)`.
 
-    shape: of a latent. decode: latents to pictures. reward: on device; for host rewards see `make_host_stage`.
+    The state is donated.
+
+    shape: of a latent. decode: latents to pictures. reward: on device; for host rewards see
+    `make_host_stage`.
     rows: how groups lie on a mesh; a group's branches stay on its device.
     """
     optimizer = make_optimizer(config)
@@ -489,7 +536,9 @@ def make_stage(
     def stage(state: TrainState, task: Task, key: Array) -> tuple[TrainState, dict[str, Array]]:
         sample_key, update_key = jax.random.split(key)
         samples = sample(predict, config, shape, rows, state, task, sample_key)
-        rewards = reward(decode(samples.pictures), _reward_batch(config, task, samples.prompt), task.reward)
+        rewards = reward(
+            decode(samples.pictures), _reward_batch(config, task, samples.prompt), task.reward
+        )
         return update(predict, config, optimizer, state, task, samples, rewards, update_key)
 
     return jax.jit(stage, donate_argnums=0)
@@ -506,8 +555,8 @@ def make_host_stage(
 ) -> Callable[[TrainState, Task, Array], tuple[TrainState, dict[str, Array]]]:
     """As `make_stage` with a reward on the host, which scores a chunk while the next is sampled.
 
-    decode: latents to pictures in [-1, 1]; the reward sees them as bytes. chunks: of the groups, each
-    sampled by the same compiled program; with one the samples are those of `make_stage`.
+    decode: latents to pictures in [-1, 1]; the reward sees them as bytes. chunks: of the groups,
+    each sampled by the same compiled program; with one the samples are those of `make_stage`.
     Raises: UserError when the groups cannot be shared out so, and what `reward.result` raises.
     """
     if chunks < 1 or config.groups % chunks:

@@ -16,12 +16,15 @@ def code_entropy(codes: Array) -> Array:
     At most log N: compare only at equal N.
     """
     same = codes[:, :, None] == codes[:, None, :]
-    share = same.mean(-1)  # of each picture's own value; averaging -log of it sums over values exactly
+    # of each picture's own value; averaging -log of it sums over values exactly
+    share = same.mean(-1)
     return -jnp.log(share).mean(-1)
 
 
 def pairwise_distance(pictures: Array) -> Array:
-    """Mean root-mean-square pixel distance `[P]` between different pictures of a prompt `[P, N, ...]`."""
+    """Mean root-mean-square pixel distance `[P]` between different pictures of a prompt `[P, N,
+    ...]`.
+    """
     flat = pictures.reshape(*pictures.shape[:2], -1)
     square = jnp.square(flat).mean(-1)
     product = jnp.einsum("pnd,pmd->pnm", flat, flat) / flat.shape[-1]

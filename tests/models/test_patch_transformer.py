@@ -72,7 +72,7 @@ def test_before_training_it_predicts_a_share_of_its_input():
 def test_blocks_start_as_the_identity():
     """adaLN-zero: with an output layer, but untouched blocks, context acts through no attention."""
     params, (x, timestep, context) = untrained(), make_inputs()
-    params["patch_out"]["kernel"] = jnp.ones_like(params["patch_out"]["kernel"]) * 0.1
+    params["patch_out"]["kernel"] = random_params()["patch_out"]["kernel"]
     out = APPLY(params, x, timestep, context)
     assert float(jnp.abs(out).max()) > 0.01
     np.testing.assert_array_equal(out, APPLY(params, x, timestep, context[::-1]))
