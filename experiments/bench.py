@@ -135,20 +135,26 @@ def make_problem(bench: Bench) -> Problem:
     config = dataclasses.replace(bench.b2, suffix_stop=bench.b2.suffix_start, growth="clock")
     world = make_world(Experiment(world="sprites", b2=config))
     networks = make_networks(world, bench.network)
-    text_key, net_key, run_key = jax.random.split(jax.random.key(bench.seed), 3)
-    text, tokens = networks.text.init(text_key), jnp.asarray(world.train.tokens)
+    keys = jax.random.split(jax.random.key(bench.seed), 3)
+
+    @jax.jit
+    def random_network(tokens: jax.Array) -> tuple[Params, jax.Array, jax.Array]:
+        text, empty = networks.text.init(keys[0]), jnp.zeros_like(tokens[:1])
+        embedded = (networks.text.apply(text, rows) for rows in (tokens, empty))
+        return everywhere_random(networks.net.init(keys[1]), keys[1]), *embedded
+
+    params, context, null = random_network(world.train.tokens)
     task = b2_diffurl.Task(
         diffusion.ddim_sampler(ALPHAS, config.steps, eta=config.eta, prediction="v"),
-        networks.text.apply(text, tokens),
-        networks.text.apply(text, jnp.zeros_like(tokens[:1]))[0],
+        context,
+        null[0],
         jnp.asarray(world.train.target),
         world.reward_params,
     )
-    params = everywhere_random(networks.net.init(net_key), net_key)
-    state = b2_diffurl.init(config, params, len(tokens), net_key, LORA_RULE)
+    state = b2_diffurl.init(config, params, len(context), keys[1], LORA_RULE)
     predict = guided(networks.net.apply, config.guidance)
     draw = jax.jit(functools.partial(b2_diffurl.sample, predict, config, world.image_shape, None))
-    samples = draw(state, task, run_key)
+    samples = draw(state, task, keys[2])
     score = jax.jit(
         lambda s, task: world.rewards["mixed"](s.pictures, _batch(config, task, s), task.reward)
     )

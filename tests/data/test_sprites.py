@@ -20,7 +20,7 @@ def world():
     return sprites.world()
 
 
-def one_scene(cell, shape, colour=0, texture=0, jitter=4, background=0):
+def one_scene(cell, shape, colour=0, texture=0, jitter=sprites.MIDDLE, background=0):
     """A scene with one sprite."""
     shapes = np.full((1, 4), -1)
     shapes[0, cell] = shape
@@ -210,6 +210,19 @@ def test_corpus_is_fixed_by_its_seed(world):
     np.testing.assert_array_equal(images, again)
     np.testing.assert_array_equal(tokens, tokens_again)
     assert not np.array_equal(images, other)
+
+
+def test_corpus_draws_its_sprites_in_the_middle_of_their_cells(world):
+    """A pixel of bare ground is left around each; patches are the cells."""
+    cells = world.corpus(0)[0].reshape(-1, 2, world.patch, 2, world.patch, 3).swapaxes(2, 3)
+    assert cells.shape[1:5] == (2, 2, 8, 8)
+    ground = cells[:, :1, :1, :1, :1]
+    inner = np.zeros((8, 8), bool)
+    inner[1:7, 1:7] = True
+    same = (cells == ground).all(-1)
+    assert same[..., ~inner].all()
+    assert not same[..., inner].all()
+    assert set(np.unique(ground)) == set(np.float32(sprites.SHADES))
 
 
 def holds(world, images, tokens):

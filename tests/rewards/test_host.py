@@ -1,4 +1,4 @@
-"""Host rewards: what they are given, that they run beside the devices, and all that may go wrong."""
+"""Host rewards: what they are given, that nobody waits for them, and all that may go wrong."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_a_late_reward_is_told_after_its_time():
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan")])
 def test_an_impossible_timeout_is_refused(timeout: float):
-    with pytest.raises(UserError, match="timeout = .*must be positive"):
+    with pytest.raises(UserError, match=r"timeout = .*must be positive"):
         HostReward("mine", lambda images, batch: images, timeout)
 
 

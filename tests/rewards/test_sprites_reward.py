@@ -3,7 +3,6 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +12,8 @@ from jaxalign.rewards import sprites as oracle
 PARAMS = sprites.reward_params()
 REWARDS = {name: jax.jit(getattr(oracle, name)) for name in ("early", "late", "mixed", "success")}
 posterior, read, factors = map(jax.jit, (oracle.posterior, oracle.read, oracle.factors))
-# All calls to a reward or a reading have one batch size, so that each is compiled once.
+# Pictures are put together in NumPy, and all calls to a reward or a reading have one batch size:
+# few programs to compile.
 BATCH = 512
 STRIPED = "a striped disc at the top left"
 
@@ -25,28 +25,39 @@ def draw(*things, background=0, jitter=sprites.MIDDLE):
     for cell, *look in things:
         looks[:, 0, cell] = look
     scene = sprites.Scenes(*looks, np.full((1, 4), jitter), np.array([background]))
-    return jnp.asarray(sprites.render(scene))
+    return sprites.render(scene)
 
 
-def in_batches(function, images):
+def in_batches(function, images, params=PARAMS):
     """A reading of any number of pictures, as NumPy arrays."""
     size = len(images)
     images = np.resize(images, (-(-size // BATCH) * BATCH, *images.shape[1:]))
-    parts = [function(jnp.asarray(part), PARAMS) for part in np.split(images, len(images) // BATCH)]
+    parts = [function(part, params) for part in np.split(images, len(images) // BATCH)]
     return jax.tree.map(lambda *values: np.concatenate(values)[:size], *parts)
 
 
 def score(name, images, *captions, params=PARAMS):
     """The reward of each caption on one picture, or on as many pictures."""
     target = sprites.read_prompts(captions).target
-    images = jnp.broadcast_to(images, (len(captions), *images.shape[1:]))
+    images = np.broadcast_to(images, (len(captions), *images.shape[1:]))
     return score_targets(name, images, target, params)
 
 
 def score_targets(name, images, target, params=PARAMS):
     rows = np.arange(BATCH) % len(target)
-    batch = {"target": jnp.asarray(target)[rows]}
+    batch = {"target": np.asarray(target)[rows]}
     return np.asarray(REWARDS[name](images[rows], batch, params))[: len(target)]
+
+
+def noise(seed):
+    """One picture of standard normal pixels."""
+    return np.random.default_rng(seed).normal(size=(1, 16, 16, 3)).astype(np.float32)
+
+
+def uniform(seed, size):
+    """Pictures of pixels between -1 and 1."""
+    rng = np.random.default_rng(seed)
+    return rng.uniform(-1, 1, size=(size, 16, 16, 3)).astype(np.float32)
 
 
 def random_scenes(size, seed=0):
@@ -96,7 +107,7 @@ def test_factors_take_things_in_the_order_of_the_cells():
 
 def test_distances_are_squared_pixel_differences():
     """The matmul form against plain differences, at full precision."""
-    images = jax.random.uniform(jax.random.key(0), (3, 16, 16, 3), minval=-1.0)
+    images = uniform(0, 3)
     sprite, empty = oracle._distances(images, PARAMS)
     flat = np.asarray(PARAMS.sprite, np.float64).reshape(2, 48, 9, 192)
     for q, (row, column) in enumerate(itertools.product((0, 8), (0, 8))):
@@ -108,18 +119,17 @@ def test_distances_are_squared_pixel_differences():
 
 
 def test_posteriors_sum_to_one():
-    images = jax.random.uniform(jax.random.key(1), (5, 16, 16, 3), minval=-1.0)
-    images = jnp.concatenate([images, draw((0, 1, 2, 1)), jnp.zeros((1, 16, 16, 3))])
-    for part in posterior(images, PARAMS):
-        np.testing.assert_allclose(jnp.exp(part).reshape(7, -1).sum(1), 1.0, rtol=1e-4)
+    images = np.concatenate([uniform(1, 5), draw((0, 1, 2, 1)), np.zeros((1, 16, 16, 3))])
+    for part in in_batches(posterior, images.astype(np.float32)):
+        np.testing.assert_allclose(np.exp(part).reshape(7, -1).sum(1), 1.0, rtol=1e-4)
     assert oracle.PRIOR.sum() == pytest.approx(1)
 
 
 def test_early_sums_to_the_chance_of_so_many_things():
     """All places share out the mass of one thing; all relations that of two things that touch."""
-    noisy = draw((0, 1, 2, 1)) + 0.8 * jax.random.normal(jax.random.key(2), (1, 16, 16, 3))
+    noisy = draw((0, 1, 2, 1)) + 0.8 * noise(2)
     soft = sprites.reward_params(tau_where=300.0, tau_what=300.0)
-    where = np.exp(posterior(noisy, soft).where[0])
+    where = np.exp(in_batches(posterior, noisy, soft).where[0])
     places = [f"a striped disc at the {place}" for place in sprites.PLACES]
     relations = [f"a disc {relation} a cross" for relation in sprites.RELATIONS]
     for captions, fillings in ((places, oracle.ONE), (relations, oracle.TWO)):
@@ -132,23 +142,23 @@ def test_early_sums_to_the_chance_of_so_many_things():
 
 @pytest.mark.parametrize("grammar", sprites.GRAMMARS)
 def test_mixed_is_the_mean_of_where_late_look_and_shapes(grammar):
-    noisy = draw((0, 1, 2, 1)) + 0.8 * jax.random.normal(jax.random.key(2), (1, 16, 16, 3))
+    noisy = draw((0, 1, 2, 1)) + 0.8 * noise(2)
     soft = sprites.reward_params(tau_where=300.0, tau_what=300.0)
     target = sprites._targets(grammar)
     shapes = target.copy()
     shapes[:, 1:4] = -1  # late then asks the shape
-    images = jnp.broadcast_to(noisy, (len(target), *noisy.shape[1:]))
+    images = np.broadcast_to(noisy, (len(target), *noisy.shape[1:]))
     parts = [
         score_targets(name, images, asked, soft)
         for name, asked in (("early", target), ("late", target), ("late", shapes))
     ]
     mixed = score_targets("mixed", images, target, soft)
     np.testing.assert_allclose(mixed, np.mean(parts, axis=0), atol=1e-6)
-    assert np.ptp(mixed) > 0.01
+    assert np.ptp(mixed) > 1e-3
 
 
 def test_late_sums_to_one_over_textures_colours_and_shapes():
-    images = jax.random.uniform(jax.random.key(3), (1, 16, 16, 3), minval=-1.0)
+    images = uniform(3, 1)
     soft = sprites.reward_params(tau_what=300.0)
     for captions in (
         [f"a {texture} disc at the top left" for texture in sprites.TEXTURES],
@@ -162,7 +172,7 @@ def test_late_sums_to_one_over_textures_colours_and_shapes():
 
 def test_late_equals_a_sum_over_all_scenes():
     """The texture posterior of one picture by the plainest enumeration, in float64."""
-    images = draw((1, 2, 1, 1)) + 0.5 * jax.random.normal(jax.random.key(4), (1, 16, 16, 3))
+    images = draw((1, 2, 1, 1)) + 0.5 * noise(4)
     grid = np.array(list(itertools.product(range(2), range(4), range(48), range(9))))
     shape = np.full((len(grid), 4), -1)
     shape[np.arange(len(grid)), grid[:, 1]] = grid[:, 2] // 12
@@ -177,7 +187,7 @@ def test_late_equals_a_sum_over_all_scenes():
 
 def test_right_captions_score_near_one():
     scenes, target = sprites.draw_scenes(np.random.default_rng(0), BATCH)
-    images, batch = jnp.asarray(sprites.render(scenes)), {"target": jnp.asarray(target)}
+    images, batch = sprites.render(scenes), {"target": target}
     for name, least, mean in (("early", 0.7, 0.8), ("late", 0.5, 0.9), ("mixed", 0.6, 0.85)):
         rewards = np.asarray(REWARDS[name](images, batch, PARAMS))
         assert rewards.max() <= 1 + 1e-5
@@ -203,10 +213,10 @@ def test_one_wrong_factor_costs_all_of_its_part(factor):
     column = oracle.TARGETS.index(factor)
     scenes, target = sprites.draw_scenes(np.random.default_rng(1), 6 * BATCH)
     asked = np.flatnonzero(target[:, column] >= 0)[:BATCH]
-    images, target = jnp.asarray(sprites.render(scenes)[asked]), target[asked]
+    images, target = sprites.render(scenes)[asked], target[asked]
     other = target.copy()
     other[:, column] = (other[:, column] + 1) % count
-    right, wrong = {"target": jnp.asarray(target)}, {"target": jnp.asarray(other)}
+    right, wrong = {"target": target}, {"target": other}
     for name in falling:
         loss = REWARDS[name](images, right, PARAMS) - REWARDS[name](images, wrong, PARAMS)
         part = 1.0
@@ -223,10 +233,10 @@ def test_one_wrong_factor_costs_all_of_its_part(factor):
 
 def test_early_ignores_the_look_and_late_ignores_the_place():
     here = [draw((0, *look)) for look in ((1, 0, 1), (1, 0, 0), (3, 2, 2), (0, 3, 1))]
-    early = score("early", jnp.concatenate(here), *[STRIPED] * 4)
+    early = score("early", np.concatenate(here), *[STRIPED] * 4)
     assert early.min() > 0.6
     there = [draw((cell, 1, 0, 1), jitter=cell) for cell in range(4)]
-    late = score("late", jnp.concatenate(there), *[STRIPED] * 4)
+    late = score("late", np.concatenate(there), *[STRIPED] * 4)
     assert late.min() > 0.8
     assert score("late", draw((0, 1, 0, 0)), STRIPED)[0] < 0.1
     assert score("early", draw((3, 1, 0, 1)), STRIPED)[0] < 0.05
@@ -282,14 +292,14 @@ HALF_RIGHT = {
 
 @pytest.mark.parametrize("caption", HALF_RIGHT)
 def test_pictures_of_nothing_score_below_half_right_ones(caption):
-    """Noise, flat pictures and averages of scenes: a policy must not gain by leaving things open."""
-    noise = jnp.clip(0.7 * jax.random.normal(jax.random.key(5), (1, 16, 16, 3)), -1, 1)
-    flat = [jnp.full_like(noise, level) for level in (-0.95, -0.7, 0.0, 1.0)]
+    """Noise, flat pictures and averages of scenes: a policy must not gain by them."""
+    static = np.clip(0.7 * noise(5), -1, 1)
+    flat = [np.full_like(static, level) for level in (-0.95, -0.7, 0.0, 1.0)]
     corpus = sprites.draw_scenes(np.random.default_rng(3), BATCH)[0]
     mush = [sprites.render(s).mean(0, keepdims=True) for s in (random_scenes(BATCH), corpus)]
-    nothing = jnp.concatenate([noise, *flat, *mush])
+    nothing = np.concatenate([static, *flat, *mush])
     captions = [caption] * len(nothing)
-    pictures = jnp.concatenate([draw(*things) for things in HALF_RIGHT[caption]])
+    pictures = np.concatenate([draw(*things) for things in HALF_RIGHT[caption]])
     for name, margin in (("early", 0.2), ("late", 0.4), ("mixed", 0.4)):
         right = score(name, pictures[:1], caption)[0]
         assert score(name, nothing, *captions).max() < right - margin, name
@@ -304,7 +314,7 @@ def test_pictures_of_nothing_score_below_half_right_ones(caption):
 def test_rewards_grow_all_the_way_from_wrong_to_right(name, start):
     """Half-mended pictures get graded values, so there is something to climb."""
     wrong, right = draw(start), draw((0, 1, 0, 1))
-    share = jnp.linspace(0, 1, 9).reshape(-1, 1, 1, 1)
+    share = np.linspace(0, 1, 9, dtype=np.float32).reshape(-1, 1, 1, 1)
     rewards = score(name, wrong + share * (right - wrong), *[STRIPED] * 9)
     assert np.all(np.diff(rewards) > -1e-3)
     assert np.sum(np.diff(rewards) > 0.01) >= 5
@@ -312,13 +322,15 @@ def test_rewards_grow_all_the_way_from_wrong_to_right(name, start):
 
 @pytest.mark.parametrize("name", ["early", "late", "mixed"])
 def test_gradients_are_finite_and_useful(name):
-    batch = {"target": jnp.asarray(sprites.read_prompts([STRIPED] * 4).target)}
-    grey, noise = jnp.zeros((1, 16, 16, 3)), jax.random.normal(jax.random.key(6), (1, 16, 16, 3))
-    images = jnp.concatenate([draw((0, 1, 0, 1)), draw((0, 1, 0, 0)), grey, noise])
-    slope = jax.jit(jax.grad(lambda x: REWARDS[name](x, batch, PARAMS).sum()))(images)
-    assert bool(jnp.isfinite(slope).all())
+    batch = {"target": sprites.read_prompts([STRIPED] * 4).target}
+    grey = np.zeros((1, 16, 16, 3), np.float32)
+    images = np.concatenate([draw((0, 1, 0, 1)), draw((0, 1, 0, 0)), grey, noise(6)])
+    total = jax.jit(jax.grad(lambda x: REWARDS[name](x, batch, PARAMS).sum()))
+    slope = np.asarray(total(images))
+    assert np.isfinite(slope).all()
+    step = 0.1 * slope / np.maximum(np.sqrt((slope**2).sum((1, 2, 3), keepdims=True)), 1e-9)
     before = score(name, images, *[STRIPED] * 4)
-    after = score(name, images + 0.01 * slope, *[STRIPED] * 4)
+    after = score(name, images + step, *[STRIPED] * 4)
     assert np.all(after >= before - 1e-5)
     assert np.any(after > before + 1e-4)
 
@@ -326,4 +338,4 @@ def test_gradients_are_finite_and_useful(name):
 def test_not_a_number_is_passed_on():
     """A broken picture must reach the check for finite rewards, not pass for a bad one."""
     for name in ("early", "late", "mixed"):
-        assert np.isnan(score(name, jnp.full((1, 16, 16, 3), jnp.nan), "a red disc")[0])
+        assert np.isnan(score(name, np.full((1, 16, 16, 3), np.nan, np.float32), "a red disc")[0])
