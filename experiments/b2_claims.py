@@ -171,7 +171,7 @@ def run_jobs(jobs: list[Job], workers: int, title: str) -> None:
 def describe(root: Path, claims: Claims, rates: dict[tuple[str, str], float]) -> None:
     """Leaves `config.json` and `env.json` where `comparison.read` looks for them."""
     env = {"command": "python -m experiments.b2_diffurl claims", **metrics.environment()}
-    for job in final_jobs(root, claims, rates):
+    for job in filter(lambda job: job.done, final_jobs(root, claims, rates)):
         folder = job.directory.parent
         config = {**dataclasses.asdict(experiment(job)), "arms": claims.arms}
         metrics.write_json(folder / "config.json", config)
@@ -203,6 +203,6 @@ def write_tables(root: Path, claims: Claims, rates: dict[tuple[str, str], float]
         "every arm; the last two steps are not trained and a KL penalty of 0.02 a dimension holds "
         "every arm.",
         "Mean and 95 % interval over seeds, last stage, no selection of seeds or checkpoints.",
-        "Seconds were taken while other work shared the machine; compare the network evaluations.",
+        "Network evaluations count sampling and updates; a backward pass counts as two.",
     ]
     return b2_tables.summarise(root, claims.settings, by_setting, notes)

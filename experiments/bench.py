@@ -271,6 +271,7 @@ def torch_variants(problem: Problem, network: Network, case: Case) -> list[Varia
 
 def _fastest(candidates: Sequence[Variant], trials: int = 3) -> Variant:
     def trial(variant: Variant) -> float:
+        say(f"trying {variant.name}: {variant.note}")
         variant.prepare(0)()  # compiles
         return min(_timed(variant.prepare(i + 1))[0] for i in range(trials))
 
@@ -336,6 +337,13 @@ class Timing(NamedTuple):
     memory: int
 
 
+def say(what: str) -> None:
+    """What goes on, over the last such line, where somebody looks at the screen."""
+    if sys.stderr.isatty() or os.environ.get("JAXALIGN_PROGRESS") == "on":
+        end = "\r" if sys.stderr.isatty() else "\n"
+        print(f"{what:<70}", end=end, file=sys.stderr, flush=True)
+
+
 def _timed(thunk: Thunk) -> tuple[float, Any]:
     begin = time.perf_counter()
     result = thunk()
@@ -346,9 +354,11 @@ def measure(variants: Sequence[Variant], repeats: int) -> dict[str, Timing]:
     """Every variant once to compile, then all in turns, each turn beginning with another one."""
     timings: dict[str, Timing] = {}
     for variant in variants:
+        say(f"first run: {variant.name}")
         first, _ = _timed(variant.prepare(0))
         timings[variant.name] = Timing(first, [], [], 0)
     for run in range(repeats):
+        say(f"turn {run + 1} of {repeats}")
         begin = run % len(variants)
         for variant in [*variants[begin:], *variants[:begin]]:
             thunk = variant.prepare(run + 1)
@@ -493,6 +503,7 @@ def run(bench: Bench) -> list[dict[str, Any]]:
     lines = [describe(bench, problem, variant, timings) for variant in variants]
     for line in lines:
         print(json.dumps({**line, **known}), flush=True)
+    say("")
     print(table(lines), file=sys.stderr, flush=True)
     return lines
 

@@ -21,10 +21,7 @@ from jaxalign.core.metrics import read_json_lines
 from jaxalign.core.types import UserError
 
 LISTS = {"train": "training prompts", "heldout": "held-out prompts"}
-REWARD = "reward (0 to 1)"  # the worlds' rewards are probabilities
-
-# A trained pair is a forward and a backward pass, which costs about two more.
-FORWARDS_A_PAIR = 3
+REWARD = "reward"  # a probability in both worlds; kB for the JPEG rewards
 
 
 class Samples(NamedTuple):
@@ -42,8 +39,8 @@ class Samples(NamedTuple):
 class ArmRun(NamedTuple):
     """One arm of one seed.
 
-    rows: of `metrics.jsonl`, with "cost" added: network evaluations where a trained pair counts
-        as three. before, after: `Samples` by list name, empty where there are none (yet).
+    rows: of `metrics.jsonl`, with "cost" added: all network evaluations, updates included
+        (`forwards_a_pair`). before, after: `Samples` by list name, empty where there are none (yet).
     finished: whether the arm came to its end.
     """
 
@@ -83,6 +80,16 @@ class Comparison(NamedTuple):
         return missing
 
 
+def forwards_a_pair(config: Mapping[str, Any]) -> int:
+    """What training on one (row, step) pair costs in network evaluations.
+
+    A backward pass counts as two, the base's answer for a KL penalty as one more, and guidance
+    doubles all of them.
+    """
+    b2 = config.get("b2", {})
+    return (3 + bool(b2.get("kl_weight"))) * (1 if b2.get("guidance", 1) == 1 else 2)
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 
@@ -107,7 +114,7 @@ def read(workdir: str | Path) -> Comparison:
     runs: dict[tuple[str, int], ArmRun] = {}
     for seed, folder in zip(seeds, folders, strict=True):
         for path in sorted(folder.glob("*/metrics.jsonl")):
-            if run := _read_arm(path.parent):
+            if run := _read_arm(path.parent, forwards_a_pair(config)):
                 runs[path.parent.name, seed] = run
     if not runs:
         raise UserError(f"{workdir}: no arm has metrics yet; wait for the run's first stage")
@@ -128,7 +135,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as JSON ({error}); run again") from error
 
 
-def _read_arm(folder: Path) -> ArmRun | None:
+def _read_arm(folder: Path, forwards: int) -> ArmRun | None:
     try:
         rows = read_json_lines(folder / "metrics.jsonl")
     except (OSError, ValueError) as error:
@@ -140,7 +147,7 @@ def _read_arm(folder: Path) -> ArmRun | None:
         rows[0] = {**nothing, **rows[0]}
     for row in rows:
         pairs, networks = row.get("trained_pairs"), row.get("network_evaluations")
-        row["cost"] = None if networks is None else networks + FORWARDS_A_PAIR * (pairs or 0)
+        row["cost"] = None if networks is None else networks + forwards * (pairs or 0)
     finished = (folder / "result.json").exists()
     return ArmRun(rows, _read_samples(folder, "before"), _read_samples(folder, "after"), finished)
 

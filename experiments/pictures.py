@@ -126,6 +126,8 @@ ARMS: Mapping[str, Arm] = {
     # credit for prefix and suffix from branch means with shrunken baselines, on all steps of the
     # rows with the largest credit
     "telescope": _telescope,
+    # the same, trained on all rows: twice the cost of a stage, less noise in its updates
+    "telescope_all": lambda c: dataclasses.replace(_telescope(c), keep_share=1.0),
     # control: selection of the best and the worst without branches, with backward training
     "extremes": lambda c: dataclasses.replace(_independent(c), estimator="extremes"),
 }
@@ -352,13 +354,11 @@ def open_reward(config: Experiment) -> HostReward | None:
     return HostReward(config.reward, jpeg.REWARDS[config.reward])
 
 
-def make_score(
-    world: World, reward: str, host: HostReward | None
-) -> Callable[[Array, dict[str, Any], PyTree], Array | np.ndarray]:
+def make_score(world: World, reward: str, host: HostReward | None) -> b2_diffurl.Reward:
     """The run's reward to be called outside of compiled code, as a `b2_diffurl.Reward`."""
     if host is None:
         return jax.jit(world.rewards[reward])
-    return lambda images, batch, _: host.result(host.submit(to_uint8(images), batch))
+    return lambda images, batch, _: jnp.asarray(host.result(host.submit(to_uint8(images), batch)))
 
 
 def make_stage(
@@ -392,7 +392,7 @@ def compiled_stage(
 class RatioIsOne:
     """A sink that stops the run if the policy that trains is not the one that sampled."""
 
-    limit = 1e-6  # of the log ratio, relative to the log density: rounding of the last bits
+    limit = 1e-5  # of the log ratio, relative to the log density: rounding of the last bits
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         error = metrics.get("ratio_error", 0.0)
@@ -491,7 +491,7 @@ def save_samples(
         sinks.replacing(directory / f"samples-{when}.npz") as temporary,
         open(temporary, "wb") as file,
     ):
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def run_arms(lab: Lab, config: Experiment, directory: Path, *, resume: bool) -> None:

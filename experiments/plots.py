@@ -63,7 +63,7 @@ _STYLE: dict[Any, Any] = {
 }
 COSTS = {
     "reward_evaluations": "reward evaluations",
-    "cost": "network evaluations\n(forward; a trained pair counts as 3)",
+    "cost": "network evaluations\n(a backward pass counts as 2)",
     "seconds": "training time (s, with compilation)",
 }
 MOST_CARDS = 24

@@ -154,7 +154,7 @@ def table(workdir: str | Path) -> str:
     ]
     if len(run.seeds) > 1:
         text.append(f"Means over {len(run.seeds)} seeds, below them 95 % intervals.")
-    text.append("Reward from 0 to 1, entropy and KL in nats. * A trained pair counts as 3.")
+    text.append("Entropy and KL in nats. * Sampling and updates; a backward pass counts as 2.")
     text += [f"Not finished: {what}." for what in run.unfinished()]
     return "\n".join(line.rstrip() for line in text)
 

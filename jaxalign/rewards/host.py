@@ -28,7 +28,7 @@ Future = futures.Future[np.ndarray]
 LOOK = 0.05  # seconds between two looks at the clock while waiting
 
 
-def to_uint8(pictures: Array) -> Array:
+def to_uint8(pictures: Array | np.ndarray) -> Array:
     """Pictures in [-1, 1] as bytes, `[B, H, W, C] u8`; what lies beyond is cut."""
     return jnp.clip(jnp.round(pictures * 127.5 + 127.5), 0, 255).astype(jnp.uint8)
 

@@ -86,9 +86,14 @@ def reward(pictures, batch, scale):
 
 
 @functools.cache
-def stage_of(config, devices=0):
+def _stage_of(config, devices):
     rows = meshes.batch_sharding(mesh_of(devices)) if devices else None
     return b2_diffurl.make_stage(predict, config, SHAPE, lambda x: x, reward, rows)
+
+
+def stage_of(config, devices=0):
+    """The stage, compiled once for all tests; on a mesh of so many devices, or (0) without one."""
+    return _stage_of(config, devices)
 
 
 def mesh_of(devices):
@@ -112,9 +117,10 @@ def start(config):
     return b2_diffurl.init(config, base(), PROMPTS, jax.random.key(7))
 
 
-def run_stages(config, count, devices=0, seed=0):
-    """State and metrics of each of the first `count` stages."""
-    state, task, log = start(config), make_task(), []
+def run_stages(config, count, devices=0, seed=0, learning_rate=None):
+    """The state after `count` stages, and the metrics of each."""
+    rate = learning_rate or config.learning_rate  # lives in the state, not in the compiled stage
+    state, task, log = start(dataclasses.replace(config, learning_rate=rate)), make_task(), []
     if devices:
         state, task = jax.device_put((state, task), meshes.replicated(mesh_of(devices)))
     for i in range(count):
@@ -147,8 +153,8 @@ def test_stages_of_every_estimator(estimator):
     assert [row["suffix"] for row in log] == ([4] * 4 if fixed else [2, 2, 3, 3])
     for row in log:
         assert np.all(np.isfinite(list(row.values())))
-        # Not exactly 0: the rollout's and the update's program may fuse their sums differently, and
-        # then the last bits of a density differ.
+        # Seen is exactly 0. The bound leaves room for a compiler that orders the sums of a density
+        # differently in the rollout and in the update; a rounded latent would be 1e-5 or more.
         assert row["ratio_error"] <= 1e-6
         assert row["gradient_norm"] > 0
     assert log[-1]["reward_evaluations"] == 4 * config.groups * config.leaves
@@ -163,7 +169,9 @@ def test_ratio_is_one_for_the_network_of_the_experiments(estimator):
     stage = b2_diffurl.make_stage(
         guided(net.apply, 2.0), config, (8, 8, 1), lambda latents: latents, reward
     )
-    state = b2_diffurl.init(config, net.init(jax.random.key(0)), PROMPTS, jax.random.key(1))
+    state = b2_diffurl.init(
+        config, jax.jit(net.init)(jax.random.key(0)), PROMPTS, jax.random.key(1)
+    )
     for i in range(3):
         state, metrics = stage(state, make_task(), jax.random.key(i))
         assert metrics["ratio_error"] <= 1e-6
@@ -316,13 +324,14 @@ def test_micro_batches_do_not_change_the_update():
     assert cut_log[0]["trained_pairs"] == log[0]["trained_pairs"] == 2 * 8 * 3 * 2
 
 
-def test_reward_rises():
-    """Untrained it is about -.3; a random picture of the right brightness would get 0."""
-    config = dataclasses.replace(TOY, stages=25)
-    _, log = run_stages(config, 25)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_reward_rises(seed):
+    """Minus the distance to the brightness that is asked for: a third of it goes in 30 stages."""
+    _, log = run_stages(TOY, 30, seed=seed, learning_rate=0.03)
     rewards = [row["reward"] for row in log]
-    before, after = np.mean(rewards[:3]), np.mean(rewards[-3:])
-    assert after > 0.6 * before  # rewards are negative: less than 60 % of the distance is left
+    before, after = np.mean(rewards[:6]), np.mean(rewards[-6:])
+    assert after > 0.67 * before
+    assert stage_of(TOY)._cache_size() == 1  # the rate is no part of the program
 
 
 def divergence_from_base(state, config):

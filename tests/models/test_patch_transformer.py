@@ -26,7 +26,9 @@ def random_params():
     """Every weight away from its initial value, also those that start at zero."""
     leaves, tree = jax.tree.flatten(untrained())
     rng = np.random.default_rng(1)
-    return tree.unflatten([jnp.asarray(0.2 * rng.normal(size=a.shape), jnp.float32) for a in leaves])
+    return tree.unflatten(
+        [jnp.asarray(0.2 * rng.normal(size=a.shape), jnp.float32) for a in leaves]
+    )
 
 
 def make_inputs(rows=3):

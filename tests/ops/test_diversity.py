@@ -24,7 +24,10 @@ def test_pairwise_distance_is_that_of_a_loop():
     pictures = np.random.default_rng(1).normal(size=(3, 5, 4, 4, 2)).astype(np.float32)
     for group, seen in zip(pictures, diversity.pairwise_distance(pictures), strict=True):
         pairs = [
-            np.sqrt(((group[i] - group[j]) ** 2).mean()) for i in range(5) for j in range(5) if i != j
+            np.sqrt(((group[i] - group[j]) ** 2).mean())
+            for i in range(5)
+            for j in range(5)
+            if i != j
         ]
         np.testing.assert_allclose(seen, np.mean(pairs), rtol=1e-4)
 

@@ -302,7 +302,6 @@ def test_within_share_at_its_ends(branches_differ, expected):
 )
 def test_clipped_surrogate(ratio, advantage, loss, slope):
 
-
     def value(ratio):
         return pg.clipped_surrogate(jnp.log(ratio)[None], jnp.array([advantage]), 0.1)[0]
 

@@ -149,7 +149,9 @@ def test_one_program_serves_every_split_and_equals_the_program_of_that_split():
 
     def program(x, context, splits):
         traces.append(1)
-        return branch(predict, make_params(), SAMPLER, x, context, jax.random.key(9), splits, (2, 2))
+        return branch(
+            predict, make_params(), SAMPLER, x, context, jax.random.key(9), splits, (2, 2)
+        )
 
     run = jax.jit(program)
     for splits in [(0, 0), (0, 3), (2, 3), (4, 4)]:
@@ -200,9 +202,7 @@ def test_guidance_scale_one_does_not_double_the_batch():
 def test_denoise_in_parts_is_denoise():
     x, context = make_inputs()
     key = jax.random.key(4)
-    run = jax.jit(
-        lambda x, a, b: denoise(predict, make_params(), SAMPLER, x, context, key, a, b)
-    )
+    run = jax.jit(lambda x, a, b: denoise(predict, make_params(), SAMPLER, x, context, key, a, b))
     whole, path, density = run(x, 0, STEPS)
     half, early, early_density = run(x, 0, 2)
     end, late, late_density = run(half, 2, STEPS)
@@ -231,9 +231,7 @@ def test_path_divergence():
     def shifted(params, x, timestep, context):
         return predict({**params, "b": jnp.float32(0)}, x, timestep, context) + params["b"]
 
-    run = jax.jit(
-        lambda p, q: path_divergence(shifted, p, q, SAMPLER, path, context)
-    )
+    run = jax.jit(lambda p, q: path_divergence(shifted, p, q, SAMPLER, path, context))
     np.testing.assert_array_equal(run(params, params), 0)
     seen = run(make_params(b=0.25), params)
     gain = np.asarray(SAMPLER.push, np.float64) / np.asarray(SAMPLER.std, np.float64)
