@@ -63,7 +63,12 @@ def run_all(run: cli.Run) -> None:
         return
     check(run.config)
     for each in cli.open_seeds(run):
-        run_arms(make_lab(each.config), each.config, each.workdir, resume=each.resume)
+        lab = make_lab(each.config)
+        run_arms(lab, each.config, each.workdir, resume=each.resume)
+    for name, share in lab.world.accuracy(lab.world.reward_params).items():
+        print(
+            f"the reward's reader names {100 * share:.1f} % of the held-out {name} digits rightly"
+        )
     print(report.table(run.workdir))
     print(f"report: {report.build(run.workdir)}")
 

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import comparison, statistics
+from experiments import comparison, report, statistics
 from experiments.comparison import ArmRun, Comparison
 from jaxalign.core import metrics
 
@@ -92,7 +93,7 @@ def final_table(name: str, run: Comparison, rates: Mapping[str, float]) -> dict[
     splits = ("train/reward", "heldout/reward")
     measured = (*splits, "train/success", "train/entropy", "train/divergence")
     base = [cell(statistics.mean_interval(comparison.base(run, name))) for name in measured]
-    rows: list[list[Any]] = [["base", "", *base, 0, 0]]
+    rows: list[list[Any]] = [["base", "", *base, {"value": 0}, len(run.seeds)]]
     for arm in run.arms:
         runs = [r for r in run.of(arm) if r.finished]
         if not runs:
@@ -143,6 +144,16 @@ def telescope_table(runs: Mapping[str, Comparison]) -> dict[str, Any]:
     }
 
 
+def save_figures(workdir: Path) -> list[str]:
+    """Curves of one setting beside the result file; their names."""
+    report.build(workdir)
+    RESULTS.mkdir(exist_ok=True)
+    names = {f"b2_claims-{workdir.name}-{kind}.png": kind for kind in ("reward", "diversity")}
+    for name, kind in names.items():
+        shutil.copyfile(workdir / f"{kind}.png", RESULTS / name)
+    return list(names)
+
+
 def summarise(
     root: Path,
     settings: Sequence[str],
@@ -170,9 +181,8 @@ def summarise(
         "seeds": seeds,
         "notes": list(notes),
         "tables": tables,
-        "figures": [],
+        "figures": [name for setting in settings for name in save_figures(root / setting)],
     }
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "b2_claims.json"
     metrics.write_json(path, result)
     return path

@@ -40,7 +40,7 @@ class ArmRun(NamedTuple):
     """One arm of one seed.
 
     rows: of `metrics.jsonl`, with "cost" added: all network evaluations, updates included
-        (`forwards_a_pair`). before, after: `Samples` by list name, empty where there are none (yet).
+        (`forwards_a_pair`). before, after: `Samples` by list name, empty where there are none.
     finished: whether the arm came to its end.
     """
 

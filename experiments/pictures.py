@@ -496,7 +496,8 @@ def save_samples(
 
 def run_arms(lab: Lab, config: Experiment, directory: Path, *, resume: bool) -> None:
     """All arms of one seed, then `result.json` with "ARM/NUMBER" keys."""
-    result: dict[str, float] = {}
+    accuracy = lab.world.accuracy(lab.world.reward_params)
+    result = {f"reader/accuracy on {name} pictures": share for name, share in accuracy.items()}
     for arm in config.arms:
         numbers = train_arm(lab, config, arm, directory / arm, resume=resume)
         result |= {f"{arm}/{name}": value for name, value in numbers.items()}

@@ -346,6 +346,7 @@ def world(noise: float = 0.25, steps: int = STEPS) -> World:
         target_names=FACTORS,
         reward_params=params,
         read_prompts=read_prompts,
+        accuracy=accuracy,
     )
 
 

@@ -108,6 +108,8 @@ class World(NamedTuple):
     target_names: A names, the columns of `Prompts.target`.
     reward_params: arrays (templates, a trained classifier) for rewards, success and factors.
     read_prompts: `captions -> Prompts`; UserError for a caption outside the world's grammar.
+    accuracy: `reward_params -> {name: share}`, how often a learned reader is right on pictures that
+        it was not trained on; empty where the reader is exact.
     """
 
     name: str
@@ -125,6 +127,7 @@ class World(NamedTuple):
     target_names: tuple[str, ...]
     reward_params: PyTree
     read_prompts: Callable[[Sequence[str]], Prompts]
+    accuracy: Callable[[PyTree], Mapping[str, float]] = lambda params: {}
 
 
 def factor_code(values: Array, sizes: Sequence[int]) -> Array:
