@@ -9,6 +9,8 @@ implementation on stdout, a table on stderr.
 
 What is counted:
   - `ratio`: seconds over those of `jaxalign` in the same turn, the median over turns;
+  - `cpu_seconds`, `cpu_ratio`: the same of the processor time of all threads, which a busy machine
+    changes less;
   - `compile_seconds`: what the first run took longer than the median one;
   - `network_evaluations`: rows through the network, in sampling and forward in training;
   - `flops`: those of its matrix products by formula, of a trained pair three times a forward pass
@@ -257,23 +259,28 @@ def torch_variants(problem: Problem, network: Network, case: Case) -> list[Varia
     make = functools.partial(torch_variant, problem, network, case)
     threads = sorted({1, os.cpu_count() or 1})
     micro = (0,) if case == "rollout" else (0, 64, 128)
-    eager = _fastest([make("torch_eager", Setting(t, m, False)) for t in threads for m in micro])
+    settings = [Setting(t, m, False) for t in threads for m in micro]
+    eager, best = _fastest([(make("torch_eager", s), s) for s in settings])
     chosen = [eager]
     try:
-        sizes = (64,) if case == "rollout" else (64, 128)
-        settings = [Setting(t, m, True) for t in threads for m in sizes]
-        chosen.append(_fastest([make("torch_compiled", s) for s in settings]))
+        # Compiling takes minutes: with the threads that were best, and the shapes fixed.
+        settings = [
+            best._replace(micro_batch=m, compiled=True) for m in micro if m or len(micro) == 1
+        ]
+        chosen.append(_fastest([(make("torch_compiled", s), s) for s in settings])[0])
     except Exception as error:  # no compiler, or one that fails: say so and go on
         reason = str(error).strip().split("\n")[0]
         print(f"torch.compile failed: {type(error).__name__}: {reason}", file=sys.stderr)
     return chosen
 
 
-def _fastest(candidates: Sequence[Variant], trials: int = 3) -> Variant:
-    def trial(variant: Variant) -> float:
-        say(f"trying {variant.name}: {variant.note}")
+def _fastest(candidates: Sequence[tuple[Variant, Any]], trials: int = 3) -> tuple[Variant, Any]:
+    def trial(candidate: tuple[Variant, Any]) -> float:
+        variant, setting = candidate
         variant.prepare(0)()  # compiles
-        return min(_timed(variant.prepare(i + 1))[0] for i in range(trials))
+        seconds = min(_timed(variant.prepare(i + 1))[0].seconds for i in range(trials))
+        say(f"tried {variant.name}, {setting}: {seconds:.3f} s")
+        return seconds
 
     return min(candidates, key=trial)
 
@@ -328,11 +335,18 @@ def torch_variant(
 # --- measuring -----------------------------------------------------------------------------------
 
 
+class Spent(NamedTuple):
+    """seconds: by the clock. cpu: of the process, all its threads; which a busy machine changes less."""
+
+    seconds: float
+    cpu: float
+
+
 class Timing(NamedTuple):
-    """first: seconds of the first run. seconds, pairs: of each repeat. memory: peak bytes."""
+    """first: seconds of the first run. spent, pairs: of each repeat. memory: peak bytes."""
 
     first: float
-    seconds: list[float]
+    spent: list[Spent]
     pairs: list[int]
     memory: int
 
@@ -344,10 +358,10 @@ def say(what: str) -> None:
         print(f"{what:<70}", end=end, file=sys.stderr, flush=True)
 
 
-def _timed(thunk: Thunk) -> tuple[float, Any]:
-    begin = time.perf_counter()
+def _timed(thunk: Thunk) -> tuple[Spent, Any]:
+    begin, used = time.perf_counter(), time.process_time()
     result = thunk()
-    return time.perf_counter() - begin, result
+    return Spent(time.perf_counter() - begin, time.process_time() - used), result
 
 
 def measure(variants: Sequence[Variant], repeats: int) -> dict[str, Timing]:
@@ -356,16 +370,16 @@ def measure(variants: Sequence[Variant], repeats: int) -> dict[str, Timing]:
     for variant in variants:
         say(f"first run: {variant.name}")
         first, _ = _timed(variant.prepare(0))
-        timings[variant.name] = Timing(first, [], [], 0)
+        timings[variant.name] = Timing(first.seconds, [], [], 0)
     for run in range(repeats):
         say(f"turn {run + 1} of {repeats}")
         begin = run % len(variants)
         for variant in [*variants[begin:], *variants[:begin]]:
             thunk = variant.prepare(run + 1)
             reset_peak_memory()
-            seconds, result = _timed(thunk)
+            spent, result = _timed(thunk)
             timing = timings[variant.name]
-            timing.seconds.append(seconds)
+            timing.spent.append(spent)
             timing.pairs.append(variant.read_pairs(result))
             timings[variant.name] = timing._replace(memory=max(timing.memory, peak_memory()))
     return timings
@@ -413,8 +427,9 @@ def describe(
 ) -> dict[str, Any]:
     """One line of the output."""
     config, timing, ours = problem.config, timings[variant.name], timings[COMPILED]
-    seconds, pairs = stats.median(timing.seconds), stats.median(timing.pairs)
-    low, high = np.quantile(timing.seconds, [0.1, 0.9])
+    runs = [spent.seconds for spent in timing.spent]
+    seconds, pairs = stats.median(runs), stats.median(timing.pairs)
+    low, high = np.quantile(runs, [0.1, 0.9])
     guidance = 1 if config.guidance == 1 else 2
     sampled, trained = 0 if bench.case == "update" else sampled_rows(config), guidance * pairs
     world = problem.world
@@ -422,7 +437,7 @@ def describe(
     # With adapters the gradients of the base's own products are spared: no formula here knows them.
     passes = 4 if config.kl_weight else 3
     flops = None if config.lora_rank else forward * (sampled + passes * trained)
-    ratios = [a / b for a, b in zip(timing.seconds, ours.seconds, strict=True)]
+    turns = list(zip(timing.spent, ours.spent, strict=True))
     return {
         "case": bench.case,
         "implementation": variant.name,
@@ -430,7 +445,9 @@ def describe(
         "median_seconds": seconds,
         "p10_seconds": float(low),
         "p90_seconds": float(high),
-        "ratio": stats.median(ratios),
+        "ratio": stats.median(theirs.seconds / own.seconds for theirs, own in turns),
+        "cpu_seconds": stats.median(spent.cpu for spent in timing.spent),
+        "cpu_ratio": stats.median(theirs.cpu / own.cpu for theirs, own in turns),
         "compile_seconds": max(timing.first - seconds, 0.0),
         "images_per_second": config.groups * config.leaves / seconds,
         "network_evaluations_per_second": (sampled + trained) / seconds,
@@ -457,6 +474,8 @@ COLUMNS = {
     "p10": ("p10_seconds", "{:.4f}"),
     "p90": ("p90_seconds", "{:.4f}"),
     "ratio": ("ratio", "{:.2f}"),
+    "cpu s": ("cpu_seconds", "{:.4f}"),
+    "cpu ratio": ("cpu_ratio", "{:.2f}"),
     "compile s": ("compile_seconds", "{:.1f}"),
     "images/s": ("images_per_second", "{:.0f}"),
     "rows/s": ("network_evaluations_per_second", "{:.0f}"),

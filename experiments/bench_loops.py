@@ -285,7 +285,7 @@ class Released:
             )
             latents[split:, :, k + 1], density[split:, :, k + 1] = path, densities
         pictures = latents[-1, :, 1:].reshape(-1, *p.shape)
-        return Samples(prompt, pictures, Rollout(latents, density, *p.bounds()))  # ty: ignore
+        return Samples(prompt, pictures, Rollout(latents, density, *p.bounds()))
 
     def update(
         self, state: TrainState, task: Task, samples: Samples, rewards: Array, key: Array

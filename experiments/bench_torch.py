@@ -245,15 +245,12 @@ class Stage:
         del step
         return torch.randn(shape)
 
-    def step(
-        self, x: Tensor, step: Tensor, context: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Rows x `[B, ...]` one step on, and the log-densities `[B]`."""
-        s = self.sampler
-        out = self.net(x, s.timestep[step].expand(len(x)), context)
-        mean, std = s.keep[step] * x + s.push[step] * out, s.std[step]
-        after = mean + std * noise
-        return after, log_density(after, mean, std)
+    def step(self, x: Tensor, at: Sampler, context: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows x `[B, ...]` one step on, and the log-densities `[B]`. at: the step's `[]` each."""
+        out = self.net(x, at.timestep.expand(len(x)), context)
+        mean = at.keep * x + at.push * out
+        after = mean + at.std * noise
+        return after, log_density(after, mean, at.std)
 
     def loss(
         self,
@@ -291,7 +288,9 @@ class Stage:
                 x, context = (a.repeat_interleave(config.leaves, 0) for a in (x, context))
                 latents[i] = x
             noise = self.noise(i, tuple(x.shape))
-            x, log = self._step(x, torch.tensor(i), context, noise)
+            # Numbers picked out here: an index that is a tensor breaks a compiled graph.
+            at = Sampler(*(a[i] for a in self.sampler))
+            x, log = self._step(x, at, context, noise)
             if i >= split:
                 latents[i + 1], density[i] = x, log
         return Record(prompt, latents, density)

@@ -339,7 +339,7 @@ def main(
 
 def keep_compiled_programs() -> None:
     """Compiled programs are kept in the cache, so that a second run starts at once."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values.get("jax_compilation_cache_dir"):
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
 
 

@@ -402,27 +402,49 @@ def update(
     prompts = task.context.shape[0]
     now = pg.moments_by(jnp.repeat(samples.prompt, config.leaves), rewards.reshape(-1), prompts)
     history = pg.push(state.extra.history, now)
-    advantage, keep, row_weight = credit(config, rewards, samples.prompt, pg.pool(history))
-    advantage = jnp.clip(advantage, -config.advantage_clip, config.advantage_clip)
-    row_weight = jnp.broadcast_to(row_weight, advantage.shape)
+    earned = credit(config, rewards, samples.prompt, pg.pool(history))
+    state, log = learn(predict, config, optimizer, state, task, samples, earned, key)
+    share = pg.within_share(rewards, samples.prompt, prompts) if config.leaves > 1 else jnp.ones(())
+    metrics = {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(),
+        "suffix": state.extra.suffix,
+        "within_share": share,
+        "kept": earned.keep.mean(),
+        "loss": log["loss"].mean(),
+        "gradient_norm": log["gradient_norm"].mean(),
+        "clipped": log["clipped"].mean(),
+        # Before the first optimizer step the policy is the one that sampled: this must be 0.
+        "ratio_error": log["ratio_error"][0],
+    }
+    return _finish_stage(config, state, samples, history, share, log["pairs"].sum(), metrics)
 
+
+def learn(
+    predict: Predict,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    task: Task,
+    samples: Samples,
+    earned: pg.Credit,
+    key: Array,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The optimizer steps on the kept pairs; and what each of them measured, `[steps]` a name."""
     record = samples.record
+    advantage = jnp.clip(earned.advantage, -config.advantage_clip, config.advantage_clip)
+    row_weight = jnp.broadcast_to(earned.weight, advantage.shape)
     weight = diffusion.step_weights(config.step_weight, task.sampler, _latent_change(record))
     reference = reference_params(state)  # read before the loop: the updates do not move it
 
-    def objective(
-        params: Params, batch: PairBatch, key: Array
-    ) -> tuple[Mean, dict[str, Mean | Max]]:
-        del key
+    def objective(params: Params, batch: PairBatch, _: Array) -> tuple[Mean, dict[str, Mean | Max]]:
         return pair_loss(predict, config, task.sampler, weight, reference, params, batch)
 
-    def optimizer_step(
-        carry: tuple[TrainState, Pairs], i: Array
-    ) -> tuple[tuple[TrainState, Pairs], dict]:
+    def optimizer_step(carry: tuple[TrainState, Pairs], i: Array) -> tuple[tuple, dict]:
         state, pairs = carry
         pairs = jax.lax.cond(
             i % config.updates == 0,
-            lambda: select_pairs(keep, record, weight, jax.random.fold_in(key, i)),
+            lambda: select_pairs(earned.keep, record, weight, jax.random.fold_in(key, i)),
             lambda: pairs,
         )
         share = -(-pairs.count // config.updates)
@@ -435,33 +457,15 @@ def update(
             return gather(index, position < end, samples, advantage, row_weight, task)
 
         count = -(-jnp.maximum(end - begin, 0) // config.micro_batch)
-        gradient, metrics = steps.accumulate(
-            objective, state.params, take, count, key, trainable=trainable(config)
-        )
-        metrics |= {"gradient_norm": optax.tree.norm(gradient), "pairs": end - begin}
-        return (
-            steps.apply_gradient(state, gradient, optimizer, trainable=trainable(config)),
-            pairs,
-        ), metrics
+        rule = trainable(config)
+        gradient, seen = steps.accumulate(objective, state.params, take, count, key, trainable=rule)
+        seen |= {"gradient_norm": optax.tree.norm(gradient), "pairs": end - begin}
+        return (steps.apply_gradient(state, gradient, optimizer, trainable=rule), pairs), seen
 
     nothing = Pairs(jnp.zeros(record.log_density.size, jnp.int32), jnp.zeros((), jnp.int32))
-    (state, _), log = jax.lax.scan(
-        optimizer_step, (state, nothing), jnp.arange(config.epochs * config.updates)
-    )
-    share = pg.within_share(rewards, samples.prompt, prompts) if config.leaves > 1 else jnp.ones(())
-    metrics = {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(),
-        "suffix": state.extra.suffix,
-        "within_share": share,
-        "kept": keep.mean(),
-        "loss": log["loss"].mean(),
-        "gradient_norm": log["gradient_norm"].mean(),
-        "clipped": log["clipped"].mean(),
-        # Before the first optimizer step the policy is the one that sampled: this must be 0.
-        "ratio_error": log["ratio_error"][0],
-    }
-    return _finish_stage(config, state, samples, history, share, log["pairs"].sum(), metrics)
+    number = jnp.arange(config.epochs * config.updates)
+    (state, _), log = jax.lax.scan(optimizer_step, (state, nothing), number)
+    return state, log
 
 
 def _latent_change(record: Rollout) -> Array:

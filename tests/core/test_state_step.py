@@ -63,7 +63,7 @@ def assert_close(a, b, rtol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), a, b)
 
 
-# --- state ------------------------------------------------------------------------------------------
+# --- state ----------------------------------------------------------------------------
 
 
 def test_partition_and_merge_are_inverses():
@@ -86,7 +86,9 @@ def test_paths():
 
 
 def test_nothing_to_train_is_the_users_error():
-    with pytest.raises(UserError, match="'bdoy/.*' matches no parameter; paths look like 'body/b'"):
+    with pytest.raises(
+        UserError, match=r"'bdoy/\.\*' matches no parameter; paths look like 'body/b'"
+    ):
         states.partition(make_params(), "bdoy/.*")
 
 
@@ -97,7 +99,7 @@ def test_optimizer_memory_is_for_trainable_leaves_only():
     assert int(state.step) == 0
 
 
-# --- gradients --------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------
 
 
 def test_accumulation_is_the_gradient_of_the_whole_batch():
@@ -178,7 +180,7 @@ def test_split_micro_takes_every_nth_row():
     np.testing.assert_array_equal(split["x"][1, 0], [2, 3])
 
 
-# --- the whole step ---------------------------------------------------------------------------------
+# --- the whole step -------------------------------------------------------------------
 
 
 def make_step(**options):

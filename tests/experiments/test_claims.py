@@ -1,11 +1,11 @@
-"""The claims' bookkeeping: which rate an arm takes, and comparisons at equal budgets, on made-up runs."""
+"""The claims' bookkeeping: the rate that an arm takes, and comparisons at equal budgets."""
 
 import json
 
 import pytest
+
 from experiments import b2_claims, b2_tables, comparison
 from experiments.b2_claims import Claims
-
 from jaxalign.core.types import UserError
 
 

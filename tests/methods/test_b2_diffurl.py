@@ -1,7 +1,7 @@
-"""A stage of B2-DiffuRL: on-policy at first, every kept pair once an epoch, one program for all splits.
+"""A stage of B2-DiffuRL: on-policy at first, each kept pair once an epoch, one program.
 
-Most tests run a network of one matrix on 4x4 pictures, which compiles fast; the density ratio is also
-tested on the patch transformer that the experiments train.
+Most tests run a network of one matrix on 4x4 pictures, which compiles fast; the density ratio is
+also tested on the patch transformer that the experiments train.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def config_of(estimator, **changes):
     return dataclasses.replace(TOY, estimator=estimator, **FORMS.get(estimator, {}), **changes)
 
 
-# --- a world of brightness ---------------------------------------------------------------------------
+# --- a world of brightness ------------------------------------------------------------
 
 
 def predict(params, x, timestep, context):
@@ -140,7 +140,7 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-# --- one program, on-policy at first ---------------------------------------------------------------
+# --- one program, on-policy at first --------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -191,7 +191,7 @@ def test_ratio_error_sees_another_policy():
     assert metrics["ratio_error"] > 1e-5
 
 
-# --- which pairs are trained ------------------------------------------------------------------------
+# --- which pairs are trained ----------------------------------------------------------
 
 
 def test_select_pairs_takes_rows_kept_at_steps_run_and_weighted():
@@ -217,7 +217,7 @@ def test_select_pairs_takes_rows_kept_at_steps_run_and_weighted():
 
 
 def keep_of_release(rewards, prompt, threshold):
-    """Branches that the released code keeps in a first stage, when the pool is this stage's scores."""
+    """What the released code keeps in a first stage, when the pool is this stage's scores."""
     keep = np.zeros(rewards.shape, bool)
     for g, row in enumerate(rewards):
         scores = rewards[prompt == prompt[g]].reshape(-1)
@@ -263,7 +263,7 @@ def test_nothing_kept_is_no_update():
     assert_equal(state.params["model"], base())
 
 
-# --- the update -------------------------------------------------------------------------------------
+# --- the update -----------------------------------------------------------------------
 
 
 def first_moment(state):
@@ -324,14 +324,15 @@ def test_micro_batches_do_not_change_the_update():
     assert cut_log[0]["trained_pairs"] == log[0]["trained_pairs"] == 2 * 8 * 3 * 2
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_reward_rises(seed):
-    """Minus the distance to the brightness that is asked for: a third of it goes in 30 stages."""
-    _, log = run_stages(TOY, 30, seed=seed, learning_rate=0.03)
-    rewards = [row["reward"] for row in log]
-    before, after = np.mean(rewards[:6]), np.mean(rewards[-6:])
-    assert after > 0.67 * before
-    assert stage_of(TOY)._cache_size() == 1  # the rate is no part of the program
+def test_reward_rises():
+    """Minus the distance to the brightness asked for: most of it is gone after 12 stages."""
+    config = dataclasses.replace(TOY, groups=64, micro_batch=128, step_weight="inverse_gain")
+    for seed, rate in ((0, 0.01), (1, 0.01), (2, 0.02)):
+        _, log = run_stages(config, 12, seed=seed, learning_rate=rate)
+        rewards = [row["reward"] for row in log]
+        before, after = np.mean(rewards[:2]), np.mean(rewards[-2:])
+        assert after > 0.35 * before
+    assert stage_of(config)._cache_size() == 1  # the rate is no part of the program
 
 
 def divergence_from_base(state, config):
@@ -355,7 +356,7 @@ def test_divergence_penalty_holds_the_policy_back():
     assert held < 0.5 * free
 
 
-# --- what changes, and what does not --------------------------------------------------------------
+# --- what changes, and what does not --------------------------------------------------
 
 
 def test_adapters_train_alone_and_the_average_follows_them():
@@ -452,7 +453,7 @@ def test_network_evaluations_count_the_shared_prefix_once():
     assert metrics["network_evaluations"] == 8 * (2 * 1 + 2 * 3)
 
 
-# --- resume, and impossible configurations -------------------------------------------------------------
+# --- resume, and impossible configurations --------------------------------------------
 
 
 def test_resume_is_bit_equal(tmp_path):
@@ -491,6 +492,8 @@ def test_resume_is_bit_equal(tmp_path):
         ({"groups": -8}, "groups = -8"),
         ({"steps": -1}, "steps = -1"),
         ({"ema": 1.0}, "ema = 1.0: a decay lies in"),
+        ({"keep_share": 0.0}, "keep_share = 0.0"),
+        ({"keep_share": 1.5}, "keep_share = 1.5"),
         ({"suffix_start": 0}, "suffix_start = 0"),
         ({"suffix_stop": 5}, "suffix_stop = 5: need .* steps = 4"),  # split beyond the steps
         ({"suffix_start": 4, "suffix_stop": 3}, "suffix_start = 4, suffix_stop = 3"),

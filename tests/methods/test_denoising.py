@@ -74,7 +74,8 @@ def test_average_follows_the_parameters():
         )
         assert jax.tree.leaves(before.params)[0].is_deleted()  # donated
     moved = [
-        jnp.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (state.slow, state.params)))
+        jnp.abs(a - b).max()
+        for a, b in zip(*map(jax.tree.leaves, (state.slow, state.params)), strict=True)
     ]
     assert max(map(float, moved)) > 1e-6
     assert STEP._cache_size() == 1

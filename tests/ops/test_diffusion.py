@@ -1,4 +1,4 @@
-"""Samplers against the textbook, golden numbers of the released sampler, and what storage rounds away."""
+"""Samplers against the textbook and golden numbers, and what rounding of latents does."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxalign.ops.diffusion import Gaussian
 
 ALPHAS = diffusion.scaled_linear_alphas()
 
-# Stable Diffusion's schedule, eta 1: steps -> timestep: (alpha, alpha before, std, d mean / d epsilon)
+# Stable Diffusion, eta 1. steps -> timestep: (alpha, alpha before, std, d mean / d epsilon)
 GOLDEN = {
     20: {
         951: (0.008155, 0.014005, 0.644391, -0.549635),
@@ -129,7 +129,7 @@ def test_flow_sampler_is_flow_grpos(shift):
 
 
 def flow_end(steps, mean, std):
-    """Mean and variance of the end of the stochastic flow for data N(mean, std^2), exact velocity."""
+    """Mean and variance where the flow ends, for data N(mean, std^2) with its exact velocity."""
     arrays = [np.asarray(a, np.float64) for a in diffusion.flow_sampler(steps)]
     m, v = 0.0, 1.0
     for i in range(steps):
@@ -188,7 +188,7 @@ def test_log_density_is_the_mean_over_dimensions(shape):
 
 
 def change_by_rounding(dtype, timestep):
-    """Change of the mean log-density of 100 unit-variance latents when they are stored as `dtype`."""
+    """Change of the log-density of 100 unit-variance latents when they are stored as `dtype`."""
     sampler = diffusion.ddim_sampler(ALPHAS, 20)
     std = sampler.std[np.flatnonzero(np.asarray(sampler.timestep) == timestep)[0]]
     keys = jax.random.split(jax.random.key(5), 2)

@@ -61,10 +61,16 @@ def best_and_worst(rewards, mean, std):
     return pg.Credit(centred, (column == best) | (column == worst))
 
 
+def independent_extremes(rewards, mean, std):
+    """`pg.extremes` takes a column of independent rows."""
+    prompts = [jnp.repeat(a, rewards.shape[1]) for a in (mean, std)]
+    credit = pg.extremes(rewards.reshape(-1, 1), *prompts)
+    return pg.Credit(credit.advantage.reshape(rewards.shape), credit.keep.reshape(rewards.shape))
+
+
 ESTIMATORS = {
     "ddpo": (False, lambda r, m, s: pg.prompt_z(r, m, s)),
-    "extremes": (False, lambda r, m, s: pg.Credit(*(a.reshape(r.shape) for a in pg.extremes(
-        r.reshape(-1, 1), jnp.repeat(m, BRANCHES), jnp.repeat(s, BRANCHES))))),
+    "extremes": (False, independent_extremes),
     "branch_prompt_z": (True, lambda r, m, s: pg.prompt_z(r, m, s)),
     "official": (True, lambda r, m, s: pg.official(r, m, s)),
     "centred": (True, best_and_worst),
@@ -106,7 +112,7 @@ def one_batch(key, offset):
     for name, (shared, estimate) in ESTIMATORS.items():
         rewards, score = rollout(key, offset, GROUPS, BRANCHES, shared)
         pooled = pg.moments_by(jnp.zeros(rewards.size, jnp.int32), rewards.reshape(-1), 1)
-        advantage, keep = estimate(rewards, pooled.mean[prompt], pooled.std()[prompt])
+        advantage, keep, _ = estimate(rewards, pooled.mean[prompt], pooled.std()[prompt])
         weight = jnp.where(keep, advantage, 0.0)
         gradients[name] = jnp.einsum("gk,gks->s", weight, score) / keep.sum()
         if name == "official":

@@ -83,7 +83,7 @@ def test_extremes_selects_among_independent_rows():
     rewards = rewards + np.linspace(0, 1, 40, dtype=np.float32)[:, None]
     credit = pg.extremes(rewards, mean, std, size=4)
     z = ((rewards[:, 0] - mean) / (std + 1e-8)).tolist()
-    expected = sum((released_selection(z[i : i + 4]) for i in range(0, 40, 4)), [])
+    expected = [keep for i in range(0, 40, 4) for keep in released_selection(z[i : i + 4])]
     np.testing.assert_array_equal(credit.keep[:, 0], expected)
     assert credit.advantage.shape == (40, 1)
 
@@ -145,7 +145,7 @@ def test_rewards_that_are_all_alike_get_no_credit(branches):
 
 
 def telescope_by_loops(rewards, mean, scale, factors):
-    """Nested lists walked level by level: mean of the leaves below a row minus that of its siblings."""
+    """Level by level: mean of the leaves below a row minus that of its other siblings."""
     columns = []
     for level in range(len(factors) + 1):
         rows = int(np.prod(factors[:level]))
@@ -219,6 +219,18 @@ def test_telescope_shrunk(factors):
         credit = pg.telescope_shrunk(scores, mean, std, factors)
         np.testing.assert_allclose(credit.advantage, expected, rtol=1e-3, atol=2e-4)
     assert slopes[0] > 0.95  # siblings that agree are the baseline: leave-one-out
+    assert bool(credit.keep.all())
+
+
+def test_telescope_shrunk_keeps_a_share_of_each_level():
+    """Those of largest credit: of 12 trunks, 24 branches and 72 twigs a quarter each."""
+    rewards, _, mean, std = rewards_of(6)
+    credit = pg.telescope_shrunk(rewards, mean, std, (2, 3), 0.25)
+    size, keep = np.abs(credit.advantage), np.asarray(credit.keep)
+    for columns, kept in ((slice(0, 1), 3), (slice(1, 3), 6), (slice(3, 9), 18)):
+        assert keep[:, columns].sum() == kept
+        level, mask = size[:, columns], keep[:, columns]
+        assert level[mask].min() >= level[~mask].max()
 
 
 @pytest.mark.parametrize("factors", [(5,), (2, 3), (3, 2, 2)])

@@ -26,7 +26,7 @@ def per_row(a, like):
 
 
 def predict(params, x, timestep, context):
-    """A network in two numbers: depends on the latent, the noise level, the prompt, the row's own."""
+    """A network of two numbers that knows the latent, the noise level and the row's prompt."""
     prompt = jnp.tanh(context.prompt.sum((1, 2)))
     return params["w"] * x + per_row(params["b"] * prompt + timestep / 1000, x)
 
@@ -53,7 +53,7 @@ def run_branch(splits, factors, shape=(4, 4, 1), network=predict):
 
 
 def branch_by_loops(splits, factors, shape):
-    """One step at a time, one level after the other: leaves, and per level its path and densities."""
+    """Step by step, level by level: the leaves, and the path and densities of each level."""
     x, context = jax.device_get(make_inputs(shape))
     sampler = jax.device_get(SAMPLER)
     bounds, rows, levels = (0, *splits, STEPS), 1, []
@@ -134,8 +134,9 @@ def test_prefix_is_computed_once_and_branches_in_one_call():
     calls = []
 
     def counting(params, x, timestep, context):
-        assert len(x) == len(timestep) == len(context.prompt)
-        jax.debug.callback(lambda _, rows=len(x): calls.append(rows), x[0, 0])
+        rows = len(x)
+        assert rows == len(timestep) == len(context.prompt)
+        jax.debug.callback(lambda _: calls.append(rows), x[0, 0])
         return predict(params, x, timestep, context)
 
     jax.block_until_ready(run_branch((1, 3), (2, 3), shape=(6,), network=counting))
