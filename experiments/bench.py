@@ -336,7 +336,7 @@ def torch_variant(
 
 
 class Spent(NamedTuple):
-    """seconds: by the clock. cpu: of the process, all its threads; which a busy machine changes less."""
+    """seconds: by the clock. cpu: of all threads, which a busy machine changes less."""
 
     seconds: float
     cpu: float
@@ -414,7 +414,7 @@ def forward_flops(network: Network, shape: tuple[int, ...], patch: int, words: i
 
 def sampled_rows(config: b2_diffurl.Config) -> int:
     """Rows through the network in one rollout: each stretch once, twice under guidance."""
-    splits = np.asarray(b2_diffurl.split_points(config, np.int32(config.suffix_start)))
+    splits = np.asarray(b2_diffurl.split_points(config, jnp.int32(config.suffix_start)))
     bounds, rows, total = [0, *splits.tolist(), config.steps], config.groups, 0
     for level, factor in enumerate((1, *config.branches)):
         rows *= factor

@@ -11,7 +11,7 @@ Dimensions: T steps, G groups, K branches, W rows a group, M pairs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from jaxalign.models import lora
 from jaxalign.ops import diffusion
 from jaxalign.ops import policy_gradient as pg
 from jaxalign.rollout.diffusion import Context, Predict, Rollout, step_out
+
+Number = Array | np.integer | int  # the host counts, compiled code calculates
 
 
 class Prepared(NamedTuple):
@@ -135,7 +137,7 @@ class Pieces:
         share = pg.within_share(rewards, samples.prompt, prompts) if config.leaves > 1 else one
         return Prepared(advantage, credit.keep, row_weight, weight, history, share)
 
-    def select(self, ready: Prepared, record: Rollout, key: Array, update: Array) -> Pairs:
+    def select(self, ready: Prepared, record: Rollout, key: Array, update: Number) -> Pairs:
         key = jax.random.fold_in(key, update)
         return b2_diffurl.select_pairs(ready.keep, record, ready.step_weight, key)
 
@@ -177,8 +179,8 @@ class Pieces:
         ready: Prepared,
         samples: Samples,
         order: Array,
-        begin: Array,
-        end: Array,
+        begin: Number,
+        end: Number,
     ) -> Sums:
         """The same for the pairs `order[begin : begin + micro_batch]`, as far as `end`."""
         position = begin + jnp.arange(self.config.micro_batch)
@@ -195,10 +197,10 @@ class Pieces:
         return steps.apply_gradient(state, gradient, self.optimizer, trainable=trainable)
 
     def finish(
-        self, state: TrainState, samples: Samples, ready: Prepared, pairs: Array
+        self, state: TrainState, samples: Samples, ready: Prepared, pairs: Number
     ) -> TrainState:
         return b2_diffurl._finish_stage(
-            self.config, state, samples, ready.history, ready.share, pairs, {}
+            self.config, state, samples, ready.history, ready.share, jnp.asarray(pairs), {}
         )[0]
 
 
@@ -293,7 +295,7 @@ class Released:
         p, config = self.pieces, self.pieces.config
         ready = p.prepare(state, task, samples, rewards)
         chance = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        host = jax.device_get(ready._replace(history=None, share=None))
+        host = jax.device_get(ready)
         prompt, context = np.asarray(samples.prompt), np.asarray(task.context)
         reference, nothing = b2_diffurl.reference_params(state), p.zeros(state.params)
         kept, pairs = np.argwhere(host.keep), 0
@@ -311,7 +313,7 @@ class Released:
 
     def _micro_batches(
         self, share: np.ndarray, record: Rollout, ready: Prepared, chance: np.random.Generator
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[dict[str, Any]]:
         """Batches of kept (group, row) at one step each, every row in an order of its own."""
         split, trained = self.pieces.split, np.flatnonzero(ready.step_weight > 0)
         trunk, leaf = share[share[:, 1] == 0], share[share[:, 1] > 0]

@@ -180,7 +180,7 @@ def test_adamw_behind_a_clipped_norm():
     optimizer = b2_diffurl.make_optimizer(config)
     chance = np.random.default_rng(5)
     start = {"a": chance.normal(size=(5, 3)), "b": chance.normal(size=4)}
-    params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), start)
+    params: dict = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), start)
     theirs = {k: torch.nn.Parameter(torch.tensor(np.asarray(v))) for k, v in params.items()}
     adamw = torch.optim.AdamW(theirs.values(), lr=3e-3, weight_decay=0.1)
     state = optimizer.init(params)
@@ -189,7 +189,7 @@ def test_adamw_behind_a_clipped_norm():
         size = 10.0 ** ((i % 3) - 2)
         gradient = {k: np.float32(size * chance.normal(size=v.shape)) for k, v in params.items()}
         change, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, change)
+        params = dict(optax.apply_updates(params, change))
         for name, p in theirs.items():
             p.grad = torch.tensor(gradient[name])
         torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
