@@ -126,8 +126,6 @@ ARMS: Mapping[str, Arm] = {
     # credit for prefix and suffix from branch means with shrunken baselines, on all steps of the
     # rows with the largest credit
     "telescope": _telescope,
-    # the same, trained on all rows: twice the cost of a stage, less noise in its updates
-    "telescope_all": lambda c: dataclasses.replace(_telescope(c), keep_share=1.0),
     # control: selection of the best and the worst without branches, with backward training
     "extremes": lambda c: dataclasses.replace(_independent(c), estimator="extremes"),
 }
