@@ -44,7 +44,10 @@ class Mean(NamedTuple):
 
 
 class Max(NamedTuple):
-    """A metric whose parts combine by their maximum. top: `[] f32`."""
+    """A metric whose parts combine by their maximum.
+
+    top: `[] f32`, not negative, as the maximum of no parts is 0.
+    """
 
     top: Array
 
