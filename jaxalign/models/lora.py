@@ -1,4 +1,4 @@
-"""Low-rank adapters by path rule (Hu et al. 2021): W + down @ up, down ~ N(0, 1/rank), up = 0.
+"""Low-rank adapters by path rule (Hu et al. 2021): W + down @ up, down of std 1/rank, up = 0.
 
 An adapted model's parameters are `{"model": frozen, "lora": {path: {"down", "up"}}}`; `effective`
 turns them into parameters that the plain network takes, so no network knows of adapters.
@@ -26,7 +26,7 @@ def init_lora(key: Array, params: Params, rank: int, rule: str) -> Params:
     keys = jax.random.split(key, len(chosen))
     return {
         path: {
-            "down": jax.random.normal(k, (w.shape[0], rank)) / jnp.sqrt(rank),
+            "down": jax.random.normal(k, (w.shape[0], rank)) / rank,
             "up": jnp.zeros((rank, w.shape[1])),
         }
         for k, (path, w) in zip(keys, chosen, strict=True)

@@ -182,8 +182,10 @@ def telescope_shrunk(
         baseline_k = b + c * (mean of the other siblings - b),
 
     where c is the least-squares slope over the whole batch, in [0, 1]: c = 0 is the prompt's mean
-    (DDPO's baseline), c = 1 the leave-one-out mean. A row's own reward does not enter its baseline.
-    Arguments and result as for `telescope`.
+    (DDPO's baseline), c = 1 the leave-one-out mean. A row's own reward enters its baseline only
+    through c, one number for the batch. Of each level the `share` of rows with the largest
+    advantages is kept: half of the rows carry nine tenths of the signal of normal advantages.
+    Otherwise as `telescope`.
     """
     values = nested_means(rewards - mean[:, None], factors)
     baseline = jnp.zeros_like(values[0])  # the prompt's mean

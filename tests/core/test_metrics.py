@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax.numpy as jnp
@@ -141,6 +142,10 @@ def test_wandb_offline(tmp_path, monkeypatch):
     sink.close()
     (name,) = (tmp_path / "wandb").glob("offline-run-*")
     (log,) = name.glob("*.wandb")
+    # wandb's own process writes the file, and on a busy machine not before `finish` returns.
+    deadline = time.monotonic() + 60
+    while b"loss" not in log.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"loss" in log.read_bytes()
     assert name.name.endswith((tmp_path / "wandb_id").read_text().strip())
 
