@@ -24,6 +24,30 @@ class Model(NamedTuple):
     apply: Callable[..., Any]
 
 
+class LanguageModel(NamedTuple):
+    """A causal language model as pure functions. B rows, T tokens, D width, V vocabulary, L slots.
+
+    init: `key -> params`.
+    hidden: `(params, ids [B, T] i32, mask [B, T] bool) -> [B, T, D]`, states after the last norm.
+        False in the mask is padding, anywhere in a row; positions count the tokens that are real.
+    logits: `(params, hidden [..., D]) -> [..., V] f32`.
+    empty_cache: `(rows, L) -> cache`, whose leaves have the rows as their leading axis.
+    extend: `(params, cache, ids [B, S], position [B, S], visible [B, L] bool, index [] i32) ->
+        (hidden [B, S, D], cache)`: S tokens more, kept in slots index .. index+S-1 of every row.
+        Token s attends to slot j if `visible[b, j]` and j <= index + s.
+    context: the longest sequence that its positions allow.
+    """
+
+    init: Callable[[Array], Params]
+    hidden: Callable[[Params, Array, Array], Array]
+    logits: Callable[[Params, Array], Array]
+    empty_cache: Callable[[int, int], PyTree]
+    extend: Callable[[Params, PyTree, Array, Array, Array, Array], tuple[Array, PyTree]]
+    vocabulary: int
+    width: int
+    context: int
+
+
 class Mean(NamedTuple):
     """A mean kept as its two sums, so that masks, micro-batches and devices add up exactly.
 
