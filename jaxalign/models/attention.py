@@ -1,0 +1,135 @@
+"""What the causal transformers share: positions, masks, attention with a cache, and their record.
+
+The cache keeps keys and values as `[B, G, L, H]`: the products of a decode step then read it as it
+lies, where `[B, L, G, H]` would be copied once a step.
+
+Dimensions: B rows, S new tokens, L tokens or slots attended to, N query heads, G key-value heads
+(a divisor of N), H head width, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxalign.core.types import Array, LanguageModel, Params
+
+
+class KeyValue(NamedTuple):
+    """One layer's cache: key, value `[B, G, L, H]`."""
+
+    key: Array
+    value: Array
+
+
+# One entry a layer; None where nothing is kept.
+Cache = tuple[KeyValue | None, ...]
+
+
+def positions(mask: Array) -> Array:
+    """The number of real tokens before each token: mask `[B, T] bool` -> `[B, T] i32`."""
+    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+def causal(mask: Array) -> Array:
+    """Which tokens each token sees, itself and real ones before: `[B, T]` -> `[B, T, T] bool`."""
+    slots = jnp.arange(mask.shape[1])
+    earlier = slots[None, :] <= slots[:, None]
+    return mask[:, None, :] & earlier[None]
+
+
+def causal_slots(visible: Array, index: Array, length: int) -> Array:
+    """The same for `length` tokens in slots from `index` on: visible `[B, L]` -> `[B, S, L]`."""
+    slots, query = jnp.arange(visible.shape[1]), index + jnp.arange(length)
+    return visible[:, None, :] & (slots[None, :] <= query[:, None])[None]
+
+
+def write(cache: Array, new: Array, index: Array) -> Array:
+    """The cache `[B, G, L, H]` with `new [B, S, G, H]` in slots index .. index + S - 1."""
+    return jax.lax.dynamic_update_slice_in_dim(
+        cache, new.swapaxes(1, 2).astype(cache.dtype), index, axis=2
+    )
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    visible: Array,
+    cache: KeyValue | None = None,
+    index: Array | None = None,
+) -> tuple[Array, KeyValue | None]:
+    """Attention of `query [B, S, N, H]` to keys and values `[B, S, G, H]`, softmax in f32.
+
+    visible: `[B, S, L] bool`. A query that sees nothing gets the mean of all values, not NaN.
+    cache, index: given, the keys and values go into the cache's slots from `index []` on, and
+        attention is to all of its L slots; else L = S.
+    Returns `[B, S, N, H]` and the new cache.
+    """
+    if cache is not None and index is not None:
+        cache = KeyValue(write(cache.key, key, index), write(cache.value, value, index))
+        key, value = cache.key.swapaxes(1, 2), cache.value.swapaxes(1, 2)
+    return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None]), cache
+
+
+def head(hidden: Array, table: Array) -> Array:
+    """Logits `[..., V] f32` of hidden `[..., D]` by a table `[V, D]`, accumulated in f32."""
+    table = table.astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
+class Head(nn.Module):
+    """A language-model head of its own, not tied to the embedding: `[..., D]` -> `[..., V] f32`."""
+
+    vocabulary: int
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        shape = (hidden.shape[-1], self.vocabulary)
+        return head(hidden, self.param("kernel", nn.initializers.normal(0.02), shape).T)
+
+
+def language_model(
+    module: nn.Module, *, depth: int, kv_heads: int, head_dim: int, dtype: DTypeLike, **sizes: int
+) -> LanguageModel:
+    """A `LanguageModel` of a module with `__call__(ids, position, visible, cache, index)` and
+    `logits(hidden)`; sizes: vocabulary, width and context.
+    """
+    nothing = (None,) * depth
+
+    def apply(params: Params, *inputs: Any, method: str = "__call__") -> Any:
+        return module.apply({"params": params}, *inputs, method=method)
+
+    def init(key: Array) -> Params:
+        ids, visible = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
+        variables: Any = module.init(key, ids, ids, visible, nothing, method=_everything)
+        return variables["params"]
+
+    def hidden(params: Params, ids: Array, mask: Array) -> Array:
+        return apply(params, ids, positions(mask), causal(mask), nothing)[0]
+
+    def logits(params: Params, hidden: Array) -> Array:
+        return apply(params, hidden, method="logits")
+
+    def empty_cache(rows: int, length: int) -> Cache:
+        shape = (rows, kv_heads, length, head_dim)
+        return tuple(
+            KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(depth)
+        )
+
+    def extend(
+        params: Params, cache: Cache, ids: Array, position: Array, visible: Array, index: Array
+    ) -> tuple[Array, Cache]:
+        seen = causal_slots(visible, index, ids.shape[1])
+        return apply(params, ids, position, seen, cache, index)
+
+    return LanguageModel(init, hidden, logits, empty_cache, extend, **sizes)
+
+
+def _everything(module: Any, *inputs: Any) -> Array:
+    """Touches every parameter."""
+    return module.logits(module(*inputs)[0])
