@@ -238,24 +238,28 @@ def draw_prompts(rule: Rule, heldout: bool, key: Array, n: int) -> Prompts:
 
     The split is by how far the second token lies after the first (see HELDOUT).
     """
-    keys = jax.random.split(key, 4)
-    first = jax.random.randint(keys[0], (n,), 0, rule.content)
+    draw = jax.random.uniform(key, (n, rule.content + 3))
+    first, order = _upto(rule.content, draw[:, 0]), draw[:, 3:]
     far = (rule.content - 1) // HELDOUT  # distances that are held out
     if heldout:
-        distance = HELDOUT * jax.random.randint(keys[1], (n,), 1, far + 1)
+        distance = HELDOUT * (1 + _upto(far, draw[:, 1]))
     else:
-        index = jax.random.randint(keys[1], (n,), 0, rule.content - 1 - far)
+        index = _upto(rule.content - 1 - far, draw[:, 1])
         distance = index + 1 + index // (HELDOUT - 1)
     second = (first + distance) % rule.content
-    order = jax.random.uniform(keys[2], (n, rule.content))
     rows = jnp.arange(n)
     order = order.at[rows, first].set(-2.0).at[rows, second].set(-1.0)
     tokens = jnp.argsort(order, axis=-1)[:, : rule.prompt] + FIRST
-    length = jax.random.randint(keys[3], (n, 1), 3, rule.prompt + 1)
+    length = 3 + _upto(rule.prompt - 2, draw[:, 2:3])
     place = jnp.arange(rule.prompt)[None] - (rule.prompt - length)
     mask = place >= 0
     ids = jnp.take_along_axis(tokens, jnp.maximum(place, 0), axis=-1)
     return Prompts(jnp.where(mask, ids, PAD).astype(jnp.int32), mask)
+
+
+def _upto(bound: int | Array, draw: Array) -> Array:
+    """0 .. bound-1 as i32, from draws in [0, 1)."""
+    return jnp.floor(draw * bound).astype(jnp.int32)
 
 
 class _Habits(NamedTuple):
@@ -276,20 +280,17 @@ def respond(rule: Rule, key: Array, prompts: Prompts) -> Responses:
 
     Its habits differ from response to response, so that long responses differ in quality too.
     """
-    keys = jax.random.split(key, 4)
     ids, asked = jnp.asarray(prompts.ids), jnp.asarray(prompts.mask)
-    n = len(ids)
     first = _first(ids, asked) - FIRST
-    habit = jax.random.uniform(keys[0], (3, n)) * jnp.array([[0.6], [0.4], [0.15]])
-    draws = jax.random.uniform(keys[1], (rule.response, 3, n))
-    start = jax.random.randint(keys[2], (n,), 0, rule.content)
-    write = partial(_write, rule, _Habits(*habit), ids - FIRST, jnp.sum(asked, axis=-1))
-    tokens = jax.lax.scan(write, start, draws)[1].T
-    ending = jax.random.normal(keys[3], (2, n))
-    length = jnp.round(rule.response * (0.5 + 0.2 * ending[0]))[:, None]
-    length = jnp.clip(length, 2, rule.response)  # content tokens
+    draw = jax.random.uniform(key, (7 + 3 * rule.response, len(ids)))
+    habits = _Habits(0.6 * draw[0], 0.4 * draw[1], 0.15 * draw[2])
+    write = partial(_write, rule, habits, ids - FIRST, jnp.sum(asked, axis=-1))
+    steps = draw[7:].reshape(rule.response, 3, -1)
+    tokens = jax.lax.scan(write, _upto(rule.content, draw[3]), steps)[1].T
+    share = 0.02 + (draw[4] + draw[5]) / 2  # of the limit; the longest are truncated
+    length = jnp.clip(jnp.round(rule.response * share)[:, None], 2, rule.response)
     place = jnp.arange(rule.response)[None]
-    knows = (ending[1] > 0.5)[:, None] & (place == length - 1)  # 31 % of the time
+    knows = (draw[6] < 0.3)[:, None] & (place == length - 1)
     tokens = jnp.where(knows, first[:, None], tokens) + FIRST
     tokens = jnp.where(place == length, STOP, jnp.where(place < length, tokens, PAD))
     return _join(prompts, tokens, place <= length)
@@ -300,10 +301,10 @@ def _write(
 ) -> tuple[Array, Array]:
     """One token more of every response, `[N]`, as ring places; `draw` is `[3, N]` in [0, 1)."""
     which, how, anything = draw
-    onward = (last + 1 + jnp.floor(how * rule.reach).astype(jnp.int32)) % rule.content
-    pick = prompt.shape[1] - 1 - jnp.floor(how * size).astype(jnp.int32)
+    onward = (last + 1 + _upto(rule.reach, how)) % rule.content
+    pick = prompt.shape[1] - 1 - _upto(size, how)
     copied = jnp.take_along_axis(prompt, pick[:, None], axis=-1)[:, 0]
-    token = jnp.floor(anything * rule.content).astype(jnp.int32)
+    token = _upto(rule.content, anything)
     edge = habits.good
     chosen = jnp.where(which < edge, onward, token)
     chosen = jnp.where((which >= edge) & (which < edge + habits.copied), copied, chosen)
