@@ -69,15 +69,19 @@ def adjust(logits: Array, sampling: Sampling, drawn: Array | None = None) -> Arr
         return jnp.where(_is_token(logits, best), 0.0, DROPPED)
     logits = jnp.maximum(logits / sampling.temperature, DROPPED)
     if 0 < sampling.top_k < logits.shape[-1]:
-        ones = jnp.ones_like(logits)
-        logits = _truncate(logits, ones, float(sampling.top_k), drawn)
+        fixed = jax.lax.stop_gradient(logits)
+        edge = jax.lax.top_k(fixed, sampling.top_k)[0][..., -1:]
+        keep = _fewest(fixed, edge, jnp.ones_like(fixed), float(sampling.top_k))
+        logits = _truncate(logits, keep, drawn)
     if sampling.top_p < 1:
-        logits = _truncate(logits, jax.nn.softmax(logits), sampling.top_p, drawn)
+        fixed = jax.lax.stop_gradient(logits)
+        weight = jax.nn.softmax(fixed)
+        keep = _fewest(fixed, _edge(fixed, weight, sampling.top_p), weight, sampling.top_p)
+        logits = _truncate(logits, keep, drawn)
     return logits
 
 
-def _truncate(logits: Array, weight: Array, target: float, drawn: Array | None) -> Array:
-    keep = _fewest(*jax.lax.stop_gradient((logits, weight)), target)
+def _truncate(logits: Array, keep: Array, drawn: Array | None) -> Array:
     if drawn is not None:
         keep |= _is_token(logits, drawn)
     return jnp.where(keep, logits, DROPPED)
@@ -87,11 +91,22 @@ def _is_token(logits: Array, token: Array) -> Array:
     return jax.lax.broadcasted_iota(token.dtype, logits.shape, logits.ndim - 1) == token[..., None]
 
 
-def _fewest(logits: Array, weight: Array, target: float) -> Array:
+def _fewest(logits: Array, edge: Array, weight: Array, target: float) -> Array:
     """The fewest of the largest logits whose weights add up to `target`, `[..., V] bool`.
 
-    weight: `[..., V] f32`, positive or zero, equal for equal logits.
-    The edge is found bit by bit, which takes 32 sums where sorting takes far longer.
+    edge: `[..., 1]`, the smallest logit among them. weight: `[..., V]`, equal for equal logits.
+    """
+    above, tied = logits > edge, logits == edge
+    missing = target - jnp.where(above, weight, 0.0).sum(-1, keepdims=True)
+    # A tied token is taken while those before it weigh too little.
+    before = jnp.cumsum(tied, axis=-1) - tied
+    return above | (tied & (before * weight < missing))
+
+
+def _edge(logits: Array, weight: Array, target: float) -> Array:
+    """The largest logit `[..., 1]` from which upwards the weights add up to `target`.
+
+    Found bit by bit: 32 sums, where sorting takes many times as long.
     """
     order = _order(logits)
 
@@ -102,11 +117,8 @@ def _fewest(logits: Array, weight: Array, target: float) -> Array:
 
     edge = jnp.zeros((*logits.shape[:-1], 1), jnp.uint32)
     edge = jax.lax.fori_loop(0, 32, try_bit, edge)
-    above, tied = order > edge, order == edge
-    missing = target - jnp.where(above, weight, 0.0).sum(-1, keepdims=True)
-    # How many of the tied: the count before a token, times the weight of each, is still too little.
-    before = jnp.cumsum(tied, axis=-1) - tied
-    return above | (tied & (before * weight < missing))
+    # Rounding can leave the sum of all below the target: then all are kept.
+    return jnp.where(order >= edge, logits, jnp.inf).min(-1, keepdims=True)
 
 
 def _order(x: Array) -> Array:
