@@ -114,7 +114,14 @@ def load_demonstrations(
 
 
 def _nectar(row: Row) -> Choice:
-    answers = sorted(row["answers"] or (), key=lambda answer: answer["rank"])
+    answers = row["answers"]
+    wrong = [answer for answer in answers if not {"answer", "rank"} <= answer.keys()]
+    if wrong:
+        raise UserError(
+            f"an answer of Nectar has the fields {', '.join(wrong[0])}: it needs answer and rank"
+        )
+    answers = [a for a in answers if a["answer"] is not None and a["rank"] is not None]
+    answers = sorted(answers, key=lambda answer: answer["rank"])
     ranked = enumerate(answer["rank"] for answer in answers)
     pairs = itertools.combinations(ranked, 2)
     order = tuple((a, b) for (a, high), (b, low) in pairs if high < low)
@@ -248,6 +255,8 @@ def _collect(
     source: _Source, path: Path, split: str, layout: _Layout, limit: int | None
 ) -> tuple[list[Tokens], list[Tokens], list[Tokens]]:
     """Prompts, preferred and other responses of all pairs that fit, in the order of the rows."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit}: give 1 or more pairs, or None for all")
     found: list[tuple[Tokens, Tokens, Tokens]] = []
     pairs = equal = 0
     for row in _rows(source, path, split):

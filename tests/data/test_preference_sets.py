@@ -46,22 +46,8 @@ ROWS = {
 }
 ROWS["saferlhf_safety"] = ROWS["saferlhf"]
 WORDS = [
-    "human",
-    "assistant",
-    "tl",
-    "dr",
-    "post",
-    ":",
-    ";",
-    "name",
-    "a",
-    "the",
-    "colour",
-    "fish",
-    "cod",
-    "red",
-    "blue",
-    "sea",
+    *("human", "assistant", "tl", "dr", "post", ":", ";", "name", "a", "the"),
+    *("colour", "fish", "cod", "red", "blue", "sea"),
 ]
 
 
@@ -235,9 +221,20 @@ def test_missing_columns_are_named(tokenizer, tmp_path, name, change, message):
         load(name, write(tmp_path, rows), tokenizer)
 
 
+def test_answers_without_a_rank(tokenizer, tmp_path):
+    known = ROWS["nectar"][0]["answers"]
+    rows = [{"prompt": "Human: a", "answers": [*known, {"answer": None, "rank": 4.0}]}]
+    assert len(load("nectar", write(tmp_path / "a", rows), tokenizer).chosen.ids) == 3
+    rows = [{"prompt": "Human: a", "answers": [{"answer": "red", "score": 1.0}]}]
+    with pytest.raises(UserError, match="has the fields answer, score: it needs answer and rank"):
+        load("nectar", write(tmp_path / "b", rows), tokenizer)
+
+
 def test_folders_and_names_that_are_not_there(tokenizer, tmp_path):
     with pytest.raises(UserError, match="does not exist: get it with 'hf download berkeley-nest"):
         load("nectar", tmp_path / "missing", tokenizer)
+    with pytest.raises(UserError, match="limit 0: give 1 or more pairs"):
+        load("nectar", tmp_path, tokenizer, limit=0)
     with pytest.raises(UserError, match="data set 'hh' is unknown: use one of nectar, tldr"):
         load("hh", tmp_path, tokenizer)
     with pytest.raises(UserError, match="'saferlhf' has no demonstrations: use one of nectar"):
