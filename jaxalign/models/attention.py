@@ -9,6 +9,7 @@ Dimensions: B rows, S new tokens, L tokens or slots attended to, N query heads, 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -70,10 +71,23 @@ def attend(
         attention is to all of its L slots; else L = S.
     Returns `[B, S, N, H]` and the new cache.
     """
-    if cache is not None and index is not None:
-        cache = KeyValue(write(cache.key, key, index), write(cache.value, value, index))
-        key, value = cache.key.swapaxes(1, 2), cache.value.swapaxes(1, 2)
-    return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None]), cache
+    if cache is None or index is None:
+        return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None]), None
+    cache = KeyValue(write(cache.key, key, index), write(cache.value, value, index))
+    return _attend_slots(query, cache, visible), cache
+
+
+def _attend_slots(query: Array, cache: KeyValue, visible: Array) -> Array:
+    """The same sum over a cache; on a CPU this order of products is the faster one."""
+    rows, new, heads, width = query.shape
+    query = query.reshape(rows, new, cache.key.shape[1], -1, width)
+    logits = jnp.einsum(
+        "bsgmh,bglh->bgmsl", query, cache.key, preferred_element_type=jnp.float32
+    ) / math.sqrt(width)
+    logits = jnp.where(visible[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weight = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    out = jnp.einsum("bgmsl,bglh->bsgmh", weight, cache.value)
+    return out.reshape(rows, new, heads, width)
 
 
 def head(hidden: Array, table: Array) -> Array:

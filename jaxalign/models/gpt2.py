@@ -9,14 +9,16 @@ Dimensions: B rows, S tokens, L tokens or slots attended to, D width, V vocabula
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jaxalign.core.types import Array, LanguageModel
-from jaxalign.models import attention
+from jaxalign.core.types import Array, LanguageModel, UserError
+from jaxalign.models import attention, hub
 from jaxalign.models.attention import Cache, KeyValue
 
 # Matrices over `fsdp` and, by heads and by hidden units, over `tensor`. The vocabulary of the
@@ -45,6 +47,12 @@ class Config:
     context: int = 1024
     eps: float = 1e-5
     tied: bool = True
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise UserError(
+                f"width {self.width}, heads {self.heads}: heads must divide the width; change one"
+            )
 
 
 class Attention(nn.Module):
@@ -162,3 +170,81 @@ def gpt2(config: Config, dtype: DTypeLike = jnp.float32, *, remat: bool = False)
         width=config.width,
         context=config.context,
     )
+
+
+# --- Hugging Face ---------------------------------------------------------------------------------
+
+PREFIX = "transformer."
+SUPPORTED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "quantization_config": (None,),
+}
+
+
+def from_hub(values: Mapping[str, Any]) -> Config:
+    """The sizes in a config.json.
+
+    Raises: UserError for a missing size, or a variant that this module does not compute.
+    """
+    hub.check_supported(values, SUPPORTED)
+    width = hub.size(values, "n_embd")
+    return Config(
+        vocabulary=hub.size(values, "vocab_size"),
+        width=width,
+        depth=hub.size(values, "n_layer"),
+        heads=hub.size(values, "n_head"),
+        inner=values.get("n_inner") or 4 * width,
+        context=hub.size(values, "n_positions"),
+        eps=values.get("layer_norm_epsilon", 1e-5),
+        tied=values.get("tie_word_embeddings", True),
+    )
+
+
+def to_hub(config: Config) -> dict[str, Any]:
+    """The inverse of `from_hub`."""
+    return {
+        "model_type": "gpt2",
+        "vocab_size": config.vocabulary,
+        "n_embd": config.width,
+        "n_layer": config.depth,
+        "n_head": config.heads,
+        "n_inner": config.inner,
+        "n_positions": config.context,
+        "layer_norm_epsilon": config.eps,
+        "tie_word_embeddings": config.tied,
+        "activation_function": "gelu_new",
+    }
+
+
+def checkpoint(config: Config) -> list[hub.Tensor]:
+    """Every parameter's place; their matrices are `[in, out]` like ours, but for the head."""
+    found = [
+        hub.Tensor("token/embedding", f"{PREFIX}wte.weight"),
+        hub.Tensor("position/embedding", f"{PREFIX}wpe.weight"),
+        *_both("norm", f"{PREFIX}ln_f", "scale"),
+    ]
+    for i in range(config.depth):
+        ours, theirs = f"block_{i}", f"{PREFIX}h.{i}"
+        found += _both(f"{ours}/norm_attention", f"{theirs}.ln_1", "scale")
+        for part, name in enumerate(("query", "key", "value")):
+            found += _both(f"{ours}/attention/{name}", f"{theirs}.attn.c_attn", part=(part, 3))
+        found += _both(f"{ours}/attention/out", f"{theirs}.attn.c_proj")
+        found += _both(f"{ours}/norm_mlp", f"{theirs}.ln_2", "scale")
+        found += _both(f"{ours}/up", f"{theirs}.mlp.c_fc")
+        found += _both(f"{ours}/down", f"{theirs}.mlp.c_proj")
+    if not config.tied:
+        found.append(hub.Tensor("lm_head/kernel", "lm_head.weight", transposed=True))
+    return found
+
+
+def _both(
+    ours: str, theirs: str, weight: str = "kernel", part: tuple[int, int] = (0, 1)
+) -> list[hub.Tensor]:
+    """A layer's weight and bias."""
+    return [
+        hub.Tensor(f"{ours}/{weight}", f"{theirs}.weight", part=part),
+        hub.Tensor(f"{ours}/bias", f"{theirs}.bias", part=part),
+    ]

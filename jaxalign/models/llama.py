@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,8 +22,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jaxalign.core.types import Array, LanguageModel
-from jaxalign.models import attention
+from jaxalign.core.types import Array, LanguageModel, UserError
+from jaxalign.models import attention, hub
 from jaxalign.models.attention import Cache, KeyValue
 
 # Matrices over `fsdp` and, by heads, hidden units and vocabulary, over `tensor`.
@@ -68,6 +70,13 @@ class Config:
     tied: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise UserError(
+                f"heads {self.heads}, kv_heads {self.kv_heads}, head_dim {self.head_dim}: kv_heads "
+                "must divide heads, and head_dim be even; change them"
+            )
 
 
 def frequencies(config: Config) -> np.ndarray:
@@ -215,3 +224,121 @@ def llama(config: Config, dtype: DTypeLike = jnp.float32, *, remat: bool = False
         width=config.width,
         context=config.context,
     )
+
+
+# --- Hugging Face ---------------------------------------------------------------------------------
+
+PREFIX = "model."
+SUPPORTED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+}
+ROTARY = {"rope_type": ("default", "llama3"), "partial_rotary_factor": (1.0, None)}
+
+
+def from_hub(values: Mapping[str, Any]) -> Config:
+    """The sizes in a config.json of model_type llama, qwen2 or qwen3.
+
+    Raises: UserError for a missing size, or a variant that this module does not compute.
+    """
+    hub.check_supported(values, SUPPORTED)
+    width, heads = hub.size(values, "hidden_size"), hub.size(values, "num_attention_heads")
+    family, context = values["model_type"], hub.size(values, "max_position_embeddings")
+    rotary = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    return Config(
+        vocabulary=hub.size(values, "vocab_size"),
+        width=width,
+        inner=hub.size(values, "intermediate_size"),
+        depth=hub.size(values, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or (128 if family == "qwen3" else width // heads),
+        context=context,
+        eps=values.get("rms_norm_eps", 1e-6),
+        theta=rotary.get("rope_theta") or values.get("rope_theta") or 10_000.0,
+        scaling=_scaling(rotary, context),
+        tied=values.get("tie_word_embeddings", False),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+
+
+def _scaling(rotary: Mapping[str, Any], context: int) -> RotaryScaling | None:
+    kind = rotary.get("rope_type", rotary.get("type", "default"))
+    hub.check_supported({**rotary, "rope_type": kind}, ROTARY)
+    if kind == "default":
+        return None
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    missing = [name for name in names if name not in rotary]
+    if missing:
+        raise UserError(f"config.json: rope_type 'llama3' lacks {', '.join(missing)}; add it")
+    original = rotary.get("original_max_position_embeddings", context)
+    return RotaryScaling(*(rotary[name] for name in names), original)
+
+
+def to_hub(config: Config) -> dict[str, Any]:
+    """The inverse of `from_hub`.
+
+    Raises: UserError when no model_type has both biases and query and key norms.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise UserError("qkv_bias and qk_norm: no Hugging Face family has both; choose one")
+    scaling = config.scaling and {
+        "rope_type": "llama3",
+        "factor": config.scaling.factor,
+        "low_freq_factor": config.scaling.low_frequency,
+        "high_freq_factor": config.scaling.high_frequency,
+        "original_max_position_embeddings": config.scaling.original_context,
+    }
+    return {
+        "model_type": "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": config.inner,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.eps,
+        "rope_theta": config.theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": config.tied,
+        "hidden_act": "silu",
+    }
+
+
+def checkpoint(config: Config) -> list[hub.Tensor]:
+    """Every parameter's place; their matrices are `[out, in]`."""
+
+    def matrix(ours: str, theirs: str) -> hub.Tensor:
+        return hub.Tensor(f"{ours}/kernel", f"{theirs}.weight", transposed=True)
+
+    def scale(ours: str, theirs: str) -> hub.Tensor:
+        return hub.Tensor(f"{ours}/scale", f"{theirs}.weight")
+
+    found = [
+        hub.Tensor("token/embedding", f"{PREFIX}embed_tokens.weight"),
+        scale("norm", f"{PREFIX}norm"),
+    ]
+    for i in range(config.depth):
+        ours, theirs = f"block_{i}", f"{PREFIX}layers.{i}"
+        attend, self_attn = f"{ours}/attention", f"{theirs}.self_attn"
+        found.append(scale(f"{ours}/norm_attention", f"{theirs}.input_layernorm"))
+        found.append(scale(f"{ours}/norm_mlp", f"{theirs}.post_attention_layernorm"))
+        found.append(matrix(f"{attend}/out", f"{self_attn}.o_proj"))
+        for name, letter in (("query", "q"), ("key", "k"), ("value", "v")):
+            found.append(matrix(f"{attend}/{name}", f"{self_attn}.{letter}_proj"))
+            if config.qkv_bias:
+                found.append(hub.Tensor(f"{attend}/{name}/bias", f"{self_attn}.{letter}_proj.bias"))
+        if config.qk_norm:
+            found.append(scale(f"{attend}/norm_query", f"{self_attn}.q_norm"))
+            found.append(scale(f"{attend}/norm_key", f"{self_attn}.k_norm"))
+        found += [matrix(f"{ours}/{n}", f"{theirs}.mlp.{n}_proj") for n in ("gate", "up", "down")]
+    if not config.tied:
+        found.append(matrix("lm_head", "lm_head"))
+    return found

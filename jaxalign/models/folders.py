@@ -1,0 +1,412 @@
+"""Hugging Face folders: config.json, safetensors (one file or many with an index), tokenizer.
+
+Reading goes tensor by tensor from the mapped file to its place on the devices, so the host never
+holds the model. Pickle files are refused, as opening one runs what is inside. Families: gpt2,
+llama, qwen2, qwen3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxalign.core.state import paths
+from jaxalign.core.types import LanguageModel, Params, PyTree, UserError
+from jaxalign.models import gpt2, llama, scalar_head
+from jaxalign.models.hub import Tensor
+
+Config = gpt2.Config | llama.Config
+Rules = Sequence[tuple[str, PartitionSpec]]
+# (abstract parameters, their family's rules) -> a sharding for each parameter.
+Shardings = Callable[[PyTree, Rules], PyTree]
+
+FAMILIES = {"gpt2": gpt2, "llama": llama, "qwen2": llama, "qwen3": llama}
+CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Constants that older checkpoints hold beside the parameters.
+CONSTANTS = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
+SCORE = (Tensor("head/kernel", "score.weight", transposed=True), Tensor("head/bias", "score.bias"))
+COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+    "generation_config.json",
+)
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_config(path: Path | str) -> Config:
+    """The sizes in a folder's config.json.
+
+    Raises: UserError for a folder without it, an unknown family, or a variant that is not computed.
+    """
+    values = _values(Path(path))
+    return FAMILIES[values["model_type"]].from_hub(values)
+
+
+def load(
+    path: Path | str,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    shardings: Shardings | None = None,
+    remat: bool = False,
+) -> tuple[LanguageModel, Params]:
+    """The causal language model in a folder, with its parameters.
+
+    dtype: of the products. param_dtype: of the parameters.
+    shardings: places the parameters, for example
+        `lambda params, rules: mesh.shardings(params, devices, rules)`; default: the first device.
+    remat: see `gpt2.gpt2`.
+    Raises: UserError for what `read_config` refuses, pickle files, and one that lists every tensor
+        that is missing, unknown or of another shape.
+    """
+    config = read_config(path)
+    model = build(config, dtype, remat=remat)
+    table = _family(config).checkpoint(config)
+    place = _placing(jax.eval_shape(model.init, jax.random.key(0)), config, param_dtype, shardings)
+    return model, _read(Path(path), table, place)
+
+
+def load_reward(
+    path: Path | str,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    shardings: Shardings | None = None,
+    remat: bool = False,
+) -> tuple[scalar_head.ScalarModel, Params]:
+    """The same for a model with a scalar head, a sequence classifier with num_labels = 1.
+
+    The head stays f32. A checkpoint without `score.bias`, as most are, has a bias of zero.
+    """
+    path, config = Path(path), read_config(path)
+    model = scalar_head.with_scalar_head(build(config, dtype, remat=remat))
+    table = _reward_table(config)
+    if "score.bias" not in _sources(path):
+        table = table[:-1]
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    place = _placing(abstract, config, param_dtype, shardings)
+    params = _read(path, table, place)
+    if "bias" not in params["head"]:
+        leaf = place["head/bias"]
+        params["head"]["bias"] = leaf(np.zeros(leaf.shape, np.float32))
+    return model, params
+
+
+def build(config: Config, dtype: DTypeLike = jnp.float32, *, remat: bool = False) -> LanguageModel:
+    """The model of a configuration of any family."""
+    if isinstance(config, gpt2.Config):
+        return gpt2.gpt2(config, dtype, remat=remat)
+    return llama.llama(config, dtype, remat=remat)
+
+
+def tokenizer(path: Path | str) -> Any:
+    """The folder's own tokenizer (transformers), with its chat template.
+
+    Raises: UserError when there is none, or when it has ids that the model's table lacks.
+    """
+    from transformers import AutoTokenizer
+
+    vocabulary = read_config(path).vocabulary
+    try:
+        found: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path}: no tokenizer can be read ({reason}); add tokenizer.json"
+        ) from error
+    top = max(found.get_vocab().values(), default=0)
+    if top >= vocabulary:
+        raise UserError(
+            f"{path}: the tokenizer has id {top}, the model only {vocabulary} rows (vocab_size); "
+            "use the model's own tokenizer"
+        )
+    return found
+
+
+def _family(config: Config) -> Any:
+    """The module of a configuration."""
+    return gpt2 if isinstance(config, gpt2.Config) else llama
+
+
+def _reward_table(config: Config) -> list[Tensor]:
+    """A scalar model's checkpoint: the body's tensors and, last, the head's."""
+    body = [t for t in _family(config).checkpoint(config) if not t.path.startswith("lm_head/")]
+    return [*(tensor._replace(path=f"model/{tensor.path}") for tensor in body), *SCORE]
+
+
+class _Leaf(NamedTuple):
+    """What one parameter has to become."""
+
+    shape: tuple[int, ...]
+    dtype: DTypeLike
+    sharding: Any
+
+    def __call__(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array.astype(self.dtype), self.sharding)
+
+
+def _placing(
+    abstract: PyTree, config: Config, dtype: DTypeLike, shardings: Shardings | None
+) -> dict[str, _Leaf]:
+    """Path to its leaf's shape, dtype and place; a scalar head stays f32."""
+    names = jax.tree.leaves(paths(abstract))
+    leaves = jax.tree.leaves(abstract)
+    places = [None] * len(leaves)
+    if shardings is not None:
+        places = jax.tree.leaves(shardings(abstract, _family(config).RULES))
+    return {
+        name: _Leaf(leaf.shape, jnp.float32 if name.startswith("head/") else dtype, place)
+        for name, leaf, place in zip(names, leaves, places, strict=True)
+    }
+
+
+def _read(path: Path, table: Sequence[Tensor], place: Mapping[str, _Leaf]) -> Params:
+    """The parameters of `table`, each read, turned and placed alone."""
+    sources = _sources(path)
+    with contextlib.ExitStack() as stack:
+        files = {file: stack.enter_context(_open(file)) for file in set(sources.values())}
+        names = {file: set(tensors.keys()) for file, tensors in files.items()}
+        opened = {name: files[file] for name, file in sources.items() if name in names[file]}
+        table = _with_their_prefix(table, opened)
+        _check(path, table, place, opened)
+        params: Params = {}
+        for tensor in table:
+            *outer, last = tensor.path.split("/")
+            inner = params
+            for key in outer:
+                inner = inner.setdefault(key, {})
+            inner[last] = place[tensor.path](_part(tensor, opened[tensor.name]))
+    return params
+
+
+def _part(tensor: Tensor, file: Any) -> np.ndarray:
+    """Our array out of theirs."""
+    (i, parts), source = tensor.part, file.get_slice(tensor.name)
+    step = source.get_shape()[-1] // parts
+    array = source[..., i * step : (i + 1) * step]
+    return array.T if tensor.transposed else array
+
+
+def _check(
+    path: Path, table: Sequence[Tensor], place: Mapping[str, _Leaf], opened: Mapping[str, Any]
+) -> None:
+    """Raises one UserError that lists all tensors that are missing, unknown or of other shapes."""
+    wanted = {tensor.name: _shape(tensor, place[tensor.path].shape) for tensor in table}
+    shapes = {name: tuple(opened[name].get_slice(name).get_shape()) for name in opened}
+    known = {*wanted, *_copies(wanted)}
+    faults = [f"{name} {wanted[name]} is missing" for name in wanted if name not in shapes]
+    faults += [
+        f"{name} {shapes[name]} is unknown"
+        for name in shapes
+        if name not in known and not CONSTANTS.search(name)
+    ]
+    faults += [
+        f"{name} is {shapes[name]}, must be {shape}"
+        for name, shape in wanted.items()
+        if shapes.get(name, shape) != shape
+    ]
+    if faults:
+        raise UserError(
+            f"{path}: the tensors do not fit config.json: {'; '.join(sorted(faults))}; "
+            "use the folder's own config.json and files"
+        )
+
+
+def _copies(wanted: Mapping[str, Any]) -> set[str]:
+    """A tied head may be written a second time; it is the embedding."""
+    return set() if {"lm_head.weight", "score.weight"} & set(wanted) else {"lm_head.weight"}
+
+
+def _shape(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of theirs for ours."""
+    shape = shape[::-1] if tensor.transposed else shape
+    return (*shape[:-1], shape[-1] * tensor.part[1])
+
+
+def _with_their_prefix(table: Sequence[Tensor], names: Mapping[str, Any]) -> list[Tensor]:
+    """The table for a checkpoint of the bare model too, such as the released GPT-2's."""
+    prefix = next(t.name for t in table if t.path.endswith("token/embedding")).split(".")[0] + "."
+    if any(name.startswith(prefix) for name in names):
+        return list(table)
+    return [tensor._replace(name=tensor.name.removeprefix(prefix)) for tensor in table]
+
+
+def _values(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path}: no config.json can be read; give a Hugging Face model folder"
+        ) from error
+    kind = values.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f"{file}: model_type {kind!r} is unknown; known: {', '.join(FAMILIES)}")
+    return values
+
+
+def _sources(path: Path) -> dict[str, Path]:
+    """Tensor name to the file that holds it."""
+    if (path / INDEX).exists():
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {name: path / file for name, file in index.items()}
+    if (path / SINGLE).exists():
+        with _open(path / SINGLE) as file:
+            return dict.fromkeys(file.keys(), path / SINGLE)
+    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+        raise UserError(
+            f"{path}: only pickle files, which are never opened; write {SINGLE} from them "
+            "with save_pretrained of transformers"
+        )
+    raise UserError(f"{path}: neither {SINGLE} nor {INDEX}; give a Hugging Face model folder")
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Generator[Any]:
+    try:
+        opened = safe_open(file, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
+    with opened as tensors:
+        yield tensors
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def save(
+    path: Path | str,
+    config: Config,
+    params: Params,
+    *,
+    source: Path | str | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `load` open.
+
+    params: the language model's; every array must be addressable by this process.
+    source: the folder that the model came from; its tokenizer and special tokens are kept.
+    shard_bytes: files above this size are split, between tensors, with an index.
+    Raises: UserError for a folder that has a model already, or parameters of another config.
+    """
+    task = "LMHeadModel" if isinstance(config, gpt2.Config) else "ForCausalLM"
+    table = _family(config).checkpoint(config)
+    _save(Path(path), _described(config, task), table, params, source, shard_bytes)
+
+
+def save_reward(
+    path: Path | str,
+    config: Config,
+    params: Params,
+    *,
+    source: Path | str | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """The same for a scalar model: a sequence classifier with num_labels = 1.
+
+    The format's head has no bias: one that is not zero is written as `score.bias`, which `load`
+    reads and transformers leaves out with a warning; preferences and differences do not change.
+    """
+    values = _described(config, "ForSequenceClassification")
+    values |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    table = _reward_table(config)
+    if not np.any(params["head"]["bias"]):
+        params = {"model": params["model"], "head": {"kernel": params["head"]["kernel"]}}
+        table = table[:-1]
+    _save(Path(path), values, table, params, source, shard_bytes)
+
+
+def _described(config: Config, task: str) -> dict[str, Any]:
+    """config.json's values, with the class of transformers that computes `task`."""
+    values = _family(config).to_hub(config)
+    return {"architectures": [f"{CLASSES[values['model_type']]}{task}"], **values}
+
+
+def _save(
+    path: Path,
+    values: dict[str, Any],
+    table: Sequence[Tensor],
+    params: Params,
+    source: Path | str | None,
+    shard_bytes: int,
+) -> None:
+    if any(path.glob("*.safetensors")) or (path / "config.json").exists():
+        raise UserError(f"{path}: has a model already, which is not overwritten; choose another")
+    leaves = dict(zip(jax.tree.leaves(paths(params)), jax.tree.leaves(params), strict=True))
+    odd = sorted({tensor.path for tensor in table} ^ set(leaves))
+    if odd:
+        raise UserError(f"{path}: {', '.join(odd)}: not in both config and params; use its config")
+    path.mkdir(parents=True, exist_ok=True)
+    values |= dict.fromkeys(SPECIAL)
+    if source is not None:
+        values |= _copied(Path(source), path)
+    values["dtype"] = values["torch_dtype"] = str(leaves[table[0].path].dtype)
+    (path / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _write(path, _shards(table, leaves, shard_bytes), leaves)
+
+
+def _copied(source: Path, path: Path) -> dict[str, Any]:
+    """Copies the tokenizer; the special ids of the source's config.json."""
+    for name in COPIED:
+        if (source / name).exists():
+            shutil.copyfile(source / name, path / name)
+    values = _values(source)
+    return {name: values.get(name) for name in SPECIAL}
+
+
+def _shards(
+    table: Sequence[Tensor], leaves: Mapping[str, jax.Array], limit: int
+) -> list[dict[str, list[Tensor]]]:
+    """Their names, each with our parts of it, cut into files of at most `limit` bytes."""
+    names: dict[str, list[Tensor]] = {}
+    for tensor in table:
+        names.setdefault(tensor.name, []).append(tensor)
+    shards, filled = [{}], 0
+    for name, tensors in names.items():
+        size = sum(leaves[tensor.path].nbytes for tensor in tensors)
+        if shards[-1] and filled + size > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensors
+        filled += size
+    return shards
+
+
+def _write(
+    path: Path, shards: Sequence[Mapping[str, list[Tensor]]], leaves: Mapping[str, jax.Array]
+) -> None:
+    """One file a shard, and the index when there are several."""
+    weight_map, total = {}, 0
+    for i, shard in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {name: _joined(tensors, leaves) for name, tensors in shard.items()}
+        save_file(arrays, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(arrays, file)
+        total += sum(array.nbytes for array in arrays.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _joined(tensors: Sequence[Tensor], leaves: Mapping[str, jax.Array]) -> np.ndarray:
+    """Theirs out of ours."""
+    arrays = [np.asarray(leaves[tensor.path]) for tensor in tensors]
+    array = arrays[0].T if tensors[0].transposed else np.concatenate(arrays, axis=-1)
+    return np.ascontiguousarray(array)
