@@ -51,6 +51,7 @@ from experiments.pictures import (
     make_networks,
     make_world,
 )
+from jaxalign.core import mesh as meshes
 from jaxalign.core.metrics import environment
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Params, UserError
@@ -191,23 +192,28 @@ def run_key(run: int) -> jax.Array:
 
 
 def compiled_variant(problem: Problem, case: Case) -> Variant:
-    """The programs of `b2_diffurl` as a run uses them: the state is donated."""
+    """The programs of `b2_diffurl` as a run uses them: on all devices, the state donated."""
     predict, config, shape = problem.predict, problem.config, problem.world.image_shape
+    mesh = meshes.make_mesh()
+    rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+    given = jax.device_put((problem.state, problem.task), everywhere)
+    pictures = jax.device_put((problem.samples, problem.rewards), everywhere)
     optimizer = b2_diffurl.make_optimizer(config)
-    sample = jax.jit(functools.partial(b2_diffurl.sample, predict, config, shape, None))
+    sample = jax.jit(functools.partial(b2_diffurl.sample, predict, config, shape, rows))
     train = jax.jit(
-        functools.partial(b2_diffurl.update, predict, config, optimizer), donate_argnums=0
+        functools.partial(b2_diffurl.update, predict, config, optimizer, rows=rows),
+        donate_argnums=0,
     )
     reward = problem.world.rewards["mixed"]
-    whole = b2_diffurl.make_stage(predict, config, shape, lambda latents: latents, reward)
+    whole = b2_diffurl.make_stage(predict, config, shape, lambda latents: latents, reward, rows)
 
     def prepare(run: int) -> Thunk:
-        task, key, samples = problem.task, run_key(run), problem.samples
+        (state, task), key = given, jax.device_put(run_key(run), everywhere)
         if case == "rollout":
-            return lambda: jax.block_until_ready(sample(problem.state, task, key))
-        state = jax.block_until_ready(jax.tree.map(jnp.copy, problem.state))
+            return lambda: jax.block_until_ready(sample(state, task, key))
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
         if case == "update":
-            return lambda: jax.block_until_ready(train(state, task, samples, problem.rewards, key))
+            return lambda: jax.block_until_ready(train(state, task, *pictures, key))
         return lambda: jax.block_until_ready(whole(state, task, key))
 
     return Variant(COMPILED, prepare, functools.partial(pairs_of, problem.state))
@@ -537,6 +543,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{word}: the bench writes nothing and takes one seed; leave it out"
                 )
         asked = cli.parse("bench", CASES, "stage", words)
+        cli.use_all_cores()
         # A program out of the cache would show no compile time.
         jax.config.update("jax_enable_compilation_cache", False)
         run(asked.config)

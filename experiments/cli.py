@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import io
 import json
+import os
 import shlex
 import sys
 import types
@@ -333,8 +334,19 @@ def main(
     argv = list(sys.argv[1:] if argv is None else argv)
     with exit_codes(_command(name, [*(word for word in argv if word != "--resume"), "--resume"])):
         asked = parse(name, presets, default, argv)
+        use_all_cores()
         keep_compiled_programs()
         run(asked)
+
+
+def use_all_cores() -> None:
+    """On a CPU as many devices as cores, up to 8: XLA runs small programs on one core a device.
+
+    A power of two, which batches divide by. Must come before the first use of a device.
+    """
+    if jax.config.values["jax_num_cpu_devices"] == -1:  # else somebody has chosen
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", min(1 << (cores or 1).bit_length() - 1, 8))
 
 
 def keep_compiled_programs() -> None:

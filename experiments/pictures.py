@@ -159,8 +159,11 @@ def check(config: Experiment) -> None:
     """Raises UserError for what is wrong with a configuration, before anything is written."""
     make_world(config)
     mesh = meshes.make_mesh(meshes.parse_mesh(config.mesh))
+    meshes.check_divisible("base.batch", config.base.batch, mesh)
     for arm in config.arms:
-        meshes.check_divisible(f"groups of arm {arm}", ARMS[arm](config.b2).groups, mesh)
+        b2 = ARMS[arm](config.b2)
+        meshes.check_divisible(f"groups of arm {arm}", b2.groups, mesh)
+        meshes.check_divisible(f"micro_batch of arm {arm}", b2.micro_batch, mesh)
 
 
 class Networks(NamedTuple):
@@ -186,22 +189,24 @@ def make_networks(world: World, network: Network) -> Networks:
     )
 
 
-def base_model(config: Experiment, world: World) -> Params:
+def base_model(config: Experiment, world: World, mesh: jax.sharding.Mesh) -> Params:
     """`{"text", "net"}` of the base model, trained once for each configuration."""
     networks = make_networks(world, config.network)
 
     def train() -> Params:
         images, tokens = world.corpus(config.base.seed)
         data = {"images": images, "tokens": tokens, "alphas": ALPHAS.astype(np.float32)}
-        data = jax.device_put(data)
+        state, key = denoising.init(*networks, config.base), jax.random.key(config.base.seed)
+        data, state, key = jax.device_put((data, state, key), meshes.replicated(mesh))
         state = fit(
-            denoising.init(*networks, config.base),
-            denoising.make_step(*networks, config.base),
+            state,
+            denoising.make_step(*networks, config.base, meshes.batch_sharding(mesh)),
             lambda i: data,
-            jax.random.key(config.base.seed),
+            key,
             steps=config.base.updates,
             title=f"base model ({world.name})",
             shown=("loss",),
+            put=lambda data: data,
         )
         return state.slow
 
@@ -303,7 +308,7 @@ def make_lab(config: Experiment) -> Lab:
     """The lab of a configuration; trains the base model where it is not cached."""
     world = make_world(config)
     mesh = meshes.make_mesh(meshes.parse_mesh(config.mesh))
-    return Lab(world, make_networks(world, config.network), base_model(config, world), mesh)
+    return Lab(world, make_networks(world, config.network), base_model(config, world, mesh), mesh)
 
 
 def make_task(lab: Lab, config: b2_diffurl.Config, prompts: Prompts) -> b2_diffurl.Task:

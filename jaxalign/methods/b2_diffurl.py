@@ -396,14 +396,18 @@ def update(
     samples: Samples,
     rewards: Array,
     key: Array,
+    rows: NamedSharding | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Selection and all optimizer steps of a stage. rewards: `[G*leaves] f32`."""
+    """Selection and all optimizer steps of a stage.
+
+    rewards: `[G*leaves] f32`. rows: how groups lie on a mesh, and so the pairs of a micro-batch.
+    """
     rewards = rewards.reshape(config.groups, config.leaves)
     prompts = task.context.shape[0]
     now = pg.moments_by(jnp.repeat(samples.prompt, config.leaves), rewards.reshape(-1), prompts)
     history = pg.push(state.extra.history, now)
     earned = credit(config, rewards, samples.prompt, pg.pool(history))
-    state, log = learn(predict, config, optimizer, state, task, samples, earned, key)
+    state, log = learn(predict, config, optimizer, state, task, samples, earned, key, rows)
     share = pg.within_share(rewards, samples.prompt, prompts) if config.leaves > 1 else jnp.ones(())
     metrics = {
         "reward": rewards.mean(),
@@ -429,6 +433,7 @@ def learn(
     samples: Samples,
     earned: pg.Credit,
     key: Array,
+    rows: NamedSharding | None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The optimizer steps on the kept pairs; and what each of them measured, `[steps]` a name."""
     record = samples.record
@@ -454,6 +459,8 @@ def learn(
         def take(micro: Array) -> PairBatch:
             position = begin + micro * config.micro_batch + jnp.arange(config.micro_batch)
             index = pairs.order[jnp.minimum(position, pairs.order.shape[0] - 1)]
+            if rows is not None:  # or every device would compute all of the pairs
+                index, position = jax.lax.with_sharding_constraint((index, position), rows)
             return gather(index, position < end, samples, advantage, row_weight, task)
 
         count = -(-jnp.maximum(end - begin, 0) // config.micro_batch)
@@ -543,7 +550,7 @@ def make_stage(
         rewards = reward(
             decode(samples.pictures), _reward_batch(config, task, samples.prompt), task.reward
         )
-        return update(predict, config, optimizer, state, task, samples, rewards, update_key)
+        return update(predict, config, optimizer, state, task, samples, rewards, update_key, rows)
 
     return jax.jit(stage, donate_argnums=0)
 
@@ -589,7 +596,8 @@ def make_host_stage(
     def learn(
         state: TrainState, task: Task, parts: list[Samples], rewards: list[Array], key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        return update(predict, config, optimizer, state, task, *_join(parts, rewards), key)
+        joined = _join(parts, rewards)
+        return update(predict, config, optimizer, state, task, *joined, key, rows)
 
     def stage(state: TrainState, task: Task, key: Array) -> tuple[TrainState, dict[str, Array]]:
         *sample_keys, update_key = split(key)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from jaxalign.core import state as states
 from jaxalign.core import step as steps
@@ -91,18 +92,21 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def make_step(
-    text: Model, net: Model, config: Config
+    text: Model, net: Model, config: Config, rows: NamedSharding | None = None
 ) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, dict[str, Array]]]:
     """The compiled update `(state, data, key) -> (state, metrics)`; the state is donated.
 
     data is the whole corpus on the device, from which each update draws its rows: images `[N, ...]`
     in [-1, 1], tokens `[N, L] i32`, and alphas `[count]`, the cumulative signal shares.
+    rows: how a batch lies on a mesh.
     """
     optimizer = make_optimizer(config)
 
     def step(state: TrainState, data: Mapping[str, Array], key: Array) -> tuple[TrainState, dict]:
         row_key, loss_key = jax.random.split(key)
         row = jax.random.randint(row_key, (config.batch,), 0, data["images"].shape[0])
+        if rows is not None:
+            row = jax.lax.with_sharding_constraint(row, rows)
         batch = {"images": data["images"][row], "tokens": data["tokens"][row]}
         objective = functools.partial(loss, text, net, config, data["alphas"])
         return steps.train_step(objective, optimizer, state, batch, loss_key, ema=config.ema)

@@ -14,7 +14,7 @@ import pytest
 from jaxalign.ops import policy_gradient as pg
 from jaxalign.ops.diffusion import ddim_sampler, scaled_linear_alphas
 
-STEPS, SUFFIX, GROUPS, BRANCHES, BATCHES = 20, 14, 256, 5, 2000
+STEPS, SUFFIX, GROUPS, BRANCHES, BATCHES = 20, 14, 256, 5, 600
 
 
 def chain():
