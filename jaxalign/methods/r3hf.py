@@ -39,6 +39,7 @@ from jaxalign.core import step as steps
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, LanguageModel, Max, Mean, Params, PyTree, UserError
 from jaxalign.data.preferences import Prompts
+from jaxalign.models.scalar_head import attach_head
 from jaxalign.ops import policy_gradient as pg
 from jaxalign.ops import redistribution as rd
 from jaxalign.ops import returns
@@ -219,10 +220,10 @@ def critic_params(start: CriticStart, policy: Params, reward: Params, random: Pa
     """Where a critic starts: at the reward model with its head, at the policy with a head of zeros,
     or at random.
 
-    policy: parameters of the trunk. reward, random: `{"model": trunk, "head": head}`.
+    policy: of the language model. reward, random: of a scalar model (`models.scalar_head`).
     """
-    zeros = jax.tree.map(jnp.zeros_like, random["head"])
-    return {"reward": reward, "policy": {"model": policy, "head": zeros}, "random": random}[start]
+    zero = attach_head(policy, random["head"]["kernel"].shape[0])
+    return {"reward": reward, "policy": zero, "random": random}[start]
 
 
 def init(config: Config, policy: Params, critic: Params | None = None) -> TrainState:

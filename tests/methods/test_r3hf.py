@@ -22,6 +22,7 @@ from jaxalign.data.preferences import Prompts
 from jaxalign.methods import r3hf, supervised
 from jaxalign.methods.r3hf import Config
 from jaxalign.models import gpt2
+from jaxalign.models.scalar_head import attach_head, with_scalar_head
 from jaxalign.ops import redistribution as rd
 
 VOCABULARY, WIDTH, PROMPT, LENGTH = 12, 8, 4, 6
@@ -543,10 +544,6 @@ def test_gold_score_rises(algorithm):
     """Rewarded with the gold score itself, 64 responses at a time."""
     world, model, policy, task = synthetic()
 
-    def value(params, ids, mask):
-        states = model.hidden(params["model"], ids, mask)
-        return (states @ params["head"]["kernel"])[..., 0] + params["head"]["bias"][None]
-
     config = Config(
         algorithm=algorithm,
         group=1 if algorithm == "ppo" else 4,
@@ -557,13 +554,12 @@ def test_gold_score_rises(algorithm):
     )
     parts = r3hf.Parts(
         model,
-        value,
+        with_scalar_head(model).scores,
         functools.partial(gold_of_prefixes, world),
         lambda _, ids, mask: world.gold(ids, mask),
         r3hf.Decoding(world.response_length, (world.stop,), world.pad),
     )
-    head = {"kernel": jnp.zeros((model.width, 1)), "bias": jnp.zeros(1)}
-    state = r3hf.init(config, policy, {"model": policy, "head": head})
+    state = r3hf.init(config, policy, attach_head(policy, model.width))
     step, gold = r3hf.make_iteration(parts, config), []
     for i in range(60):
         state, metrics = step(state, task, jax.random.fold_in(jax.random.key(5), i))
