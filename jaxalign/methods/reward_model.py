@@ -23,6 +23,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from jaxalign.core import state as states
 from jaxalign.core import step as steps
@@ -131,27 +132,30 @@ def init_calibration(params: Params, config: Config) -> TrainState:
     return states.create(copies[0], make_optimizer(config), slow={"teacher": copies[1]})
 
 
-def make_step(scores: Scores, config: Config) -> Step:
+def make_step(scores: Scores, config: Config, rows: NamedSharding | None = None) -> Step:
     """The compiled update on preferences `(state, data, key) -> (state, metrics)`; donates state.
 
     data: `Pairs` of responses `[N, P+T]` on the device, from which each update draws its rows.
+    rows: how a batch lies on a mesh.
     """
 
     def objective(params: Params, batch: Pairs, key: Array) -> tuple[Mean, dict[str, Mean | Max]]:
         return preference_loss(scores, params, batch, key)
 
     def step(state: TrainState, data: Pairs, key: Array) -> tuple[TrainState, dict]:
-        return _update(objective, config, state, data, data.chosen.ids.shape[0], key)
+        return _update(objective, config, rows, state, data, data.chosen.ids.shape[0], key)
 
     return jax.jit(step, donate_argnums=0)
 
 
-def make_calibration_step(scores: Scores, config: Config, length: int) -> Step:
+def make_calibration_step(
+    scores: Scores, config: Config, length: int, rows: NamedSharding | None = None
+) -> Step:
     """The compiled update of the calibration `(state, data, key) -> (state, metrics)`; donates
     state.
 
     data: `Responses` `[N, P+T]` on the device, sampled from the policy that training starts from;
-    labels are not needed. length: T.
+    labels are not needed. length: T. rows: how a batch lies on a mesh.
     """
 
     def step(state: TrainState, data: Responses, key: Array) -> tuple[TrainState, dict]:
@@ -160,16 +164,24 @@ def make_calibration_step(scores: Scores, config: Config, length: int) -> Step:
         def objective(params: Params, batch: Responses, key: Array) -> tuple[Mean, dict]:
             return calibration_loss(scores, length, config.anchor, teacher, params, batch, key)
 
-        return _update(objective, config, state, data, data.ids.shape[0], key)
+        return _update(objective, config, rows, state, data, data.ids.shape[0], key)
 
     return jax.jit(step, donate_argnums=0)
 
 
 def _update(
-    objective: Callable, config: Config, state: TrainState, data: PyTree, rows: int, key: Array
+    objective: Callable,
+    config: Config,
+    rows: NamedSharding | None,
+    state: TrainState,
+    data: PyTree,
+    count: int,
+    key: Array,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update on a batch drawn with replacement from the rows of data."""
-    row = jax.random.randint(key, (config.batch,), 0, rows)
+    """One update on a batch drawn with replacement from the `count` rows of data."""
+    row = jax.random.randint(key, (config.batch,), 0, count)
+    if rows is not None:
+        row = jax.lax.with_sharding_constraint(row, rows)
     batch = jax.tree.map(lambda a: a[row], data)
     return steps.train_step(
         objective,

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from jaxalign.core import state as states
 from jaxalign.core import step as steps
@@ -80,12 +81,12 @@ def init(params: Params, config: Config) -> TrainState:
 
 
 def make_step(
-    model: LanguageModel, config: Config, length: int
+    model: LanguageModel, config: Config, length: int, rows: NamedSharding | None = None
 ) -> Callable[[TrainState, Responses, Array], tuple[TrainState, dict[str, Array]]]:
     """The compiled update `(state, data, key) -> (state, metrics)`; the state is donated.
 
     data: the whole corpus on the device, `[N, P+T]`, from which each update draws its rows.
-    length: T.
+    length: T. rows: how a batch lies on a mesh.
     """
     optimizer = make_optimizer(config)
 
@@ -96,6 +97,8 @@ def make_step(
 
     def step(state: TrainState, data: Responses, key: Array) -> tuple[TrainState, dict]:
         row = jax.random.randint(key, (config.batch,), 0, data.ids.shape[0])
+        if rows is not None:
+            row = jax.lax.with_sharding_constraint(row, rows)
         batch = jax.tree.map(lambda a: a[row], data)
         return steps.train_step(
             objective, optimizer, state, batch, key, micro_batches=config.micro_batches

@@ -1,0 +1,234 @@
+"""Where a language model's prompts, demonstrations and preferences come from.
+
+`Source` is what the command line says; `make` turns it into a `Problem`: a world of our own with a
+gold score and a small network, or a real preference set with a model from a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.core.types import Array, LanguageModel, Params, PyTree, UserError
+from jaxalign.data import preferences
+from jaxalign.data.preferences import Pairs, PreferenceWorld, Prompts, Responses
+from jaxalign.methods.r3hf import Decoding, Gold, Scores
+from jaxalign.models import gpt2
+from jaxalign.ops import redistribution as rd
+
+Name = Literal["synthetic", "text", "nectar", "tldr", "saferlhf"]
+REAL = ("nectar", "tldr", "saferlhf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A small GPT-2, for the worlds of our own."""
+
+    width: int = 32
+    depth: int = 2
+    heads: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Which data, which model, and how much of it."""
+
+    name: Name = "synthetic"
+    prompt: int = 6  # P, slots of the prompts
+    response: int = 16  # T, tokens of a response at most
+    vocabulary: int = 16  # synthetic: ids
+    noise: float = 0.5  # temperature of the preference labels
+    network: Network = Network()
+    prompts: int = 4096
+    demonstrations: int = 16384
+    pairs: int = 32768
+    data: str = ""  # real sets: the folder, in the Hub's layout
+    demonstration_data: str = ""  # real sets: the folder for fine-tuning, if it is another
+    model: str = ""  # real sets: a Hugging Face folder
+    cost_weight: float = -1.0  # saferlhf: alpha, of the safety model's score
+    seed: int = 0  # of data and networks before RL
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "demonstrations", "pairs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+class Problem(NamedTuple):
+    """All that a run reads.
+
+    model, init: the language model, and `key -> params` to start fine-tuning from.
+    prompts, heldout: `[N, P]`. demonstrations: None where the model is used as it is.
+    pairs, test_pairs: to train the reward model and to test it. cost_pairs: of a second one.
+    gold: `(gold_params, ids, mask) -> [B]`, the true score, 0 where nobody knows it.
+    words: `ids -> str`.
+    """
+
+    name: str
+    model: LanguageModel
+    init: Callable[[Array], Params]
+    decoding: Decoding
+    prompts: Prompts
+    heldout: Prompts
+    demonstrations: Responses | None
+    pairs: Pairs
+    test_pairs: Pairs
+    cost_pairs: Pairs | None
+    cost_weight: float
+    gold: Gold
+    gold_params: PyTree
+    words: Callable[[np.ndarray], str]
+
+    def __hash__(self) -> int:  # arrays have none; problems are told apart by identity
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def check(source: Source) -> None:
+    """Raises UserError for what can be known to be wrong before anything is loaded."""
+    if source.name in REAL and not (source.data and source.model):
+        raise UserError(
+            f"{source.name} needs data and a model on this machine: give --source.data, the "
+            "folder of the set, and --source.model, a Hugging Face folder"
+        )
+    if source.name not in REAL:
+        _world(source)
+
+
+def make(source: Source) -> Problem:
+    """The problem that a source describes."""
+    return _real(source) if source.name in REAL else _ours(source)
+
+
+def combine(problem: Problem, scores: Scores) -> Scores:
+    """The scores that rewards are made of: those of one model, or half of two, weighted.
+
+    Rewards of tokens are differences of scores, so two models' rewards add up as their scores do.
+    """
+    if problem.cost_pairs is None:
+        return scores
+
+    def both(params: Params, ids: Array, mask: Array) -> Array:
+        reward, cost = (scores(params[name], ids, mask) for name in ("reward", "cost"))
+        return rd.combined(reward, cost, problem.cost_weight)
+
+    return both
+
+
+# --- worlds of our own ----------------------------------------------------------------------------
+
+
+def _world(source: Source) -> PreferenceWorld:
+    if source.name == "synthetic":
+        sizes = (source.vocabulary, source.prompt, source.response, source.noise)
+        return preferences.synthetic(*sizes)
+    from jaxalign.data import help_text
+
+    return help_text.help_text(source.response, source.noise)
+
+
+def _ours(source: Source) -> Problem:
+    world, network = _world(source), source.network
+    context = world.prompt_length + world.response_length
+    sizes = gpt2.Config(
+        world.vocabulary, network.width, network.depth, network.heads, 4 * network.width, context
+    )
+    model = gpt2.gpt2(sizes)
+    keys = jax.random.split(jax.random.key(1000 + source.seed), 5)
+
+    def gold(params: PyTree, ids: Array, mask: Array) -> Array:
+        del params
+        return world.gold(ids, mask)
+
+    return Problem(
+        world.name,
+        model,
+        model.init,
+        Decoding(world.response_length, (world.stop,), world.pad),
+        world.prompts(keys[0], source.prompts),
+        world.heldout(keys[1], source.prompts),
+        jax.tree.map(jnp.asarray, world.demonstrations(keys[2], source.demonstrations)),
+        jax.tree.map(jnp.asarray, world.pairs(keys[3], source.pairs)),
+        jax.tree.map(jnp.asarray, world.pairs(keys[4], 2048)),
+        None,
+        0.0,
+        gold,
+        (),
+        world.words,
+    )
+
+
+# --- real preference sets -------------------------------------------------------------------------
+
+
+def _real(source: Source) -> Problem:
+    from jaxalign.data import preference_sets
+    from jaxalign.models import folders
+
+    model, params = folders.load(source.model)
+    tokenizer = folders.tokenizer(source.model)
+    read = functools.partial(
+        preference_sets.load,
+        path=source.data,
+        tokenizer=tokenizer,
+        prompt_length=source.prompt,
+        response_length=source.response,
+        limit=source.pairs,
+    )
+    pairs = read(source.name)
+    cost_pairs = read("saferlhf_safety") if source.name == "saferlhf" else None
+    demonstrations = None
+    if source.demonstration_data:
+        if source.name == "saferlhf":
+            raise UserError(
+                "source.demonstration_data: saferlhf has no demonstrations; give a model that is "
+                "fine-tuned already"
+            )
+        sizes = (source.prompt, source.response)
+        given = (source.name, source.demonstration_data, tokenizer, *sizes)
+        demonstrations = preference_sets.load_demonstrations(*given, limit=source.demonstrations)
+    train, test = _cut(pairs)
+    return Problem(
+        source.name,
+        model,
+        lambda key: params,
+        Decoding(source.response, (tokenizer.eos_token_id,), tokenizer.pad_token_id or 0),
+        _prompts_of(train, source.prompt),
+        _prompts_of(test, source.prompt),
+        demonstrations,
+        train,
+        test,
+        cost_pairs,
+        source.cost_weight,
+        _unknown,
+        (),
+        tokenizer.decode,
+    )
+
+
+def _unknown(params: PyTree, ids: Array, mask: Array) -> Array:
+    """Nobody knows the true score of a real response."""
+    del params, mask
+    return jnp.zeros(ids.shape[0])
+
+
+def _cut(pairs: Pairs) -> tuple[Pairs, Pairs]:
+    """One pair in twenty, at least one, is held back."""
+    count = pairs.chosen.ids.shape[0]
+    if count < 2:
+        raise UserError(f"{count} pairs: too few to train on some and test on others; give more")
+    test = max(count // 20, 1)
+    parts = (slice(test, None), slice(test))
+    return tuple(jax.tree.map(lambda a, part=part: a[part], pairs) for part in parts)
+
+
+def _prompts_of(pairs: Pairs, length: int) -> Prompts:
+    return Prompts(pairs.chosen.ids[:, :length], pairs.chosen.mask[:, :length])
