@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import b2_tables, cli
+from experiments import b2_tables
+from experiments.jobs import is_done, run_jobs
 from experiments.pictures import ARMS, Experiment, Lab, make_lab, small, train_arm
 from jaxalign.core import metrics
 from jaxalign.core.types import UserError
@@ -70,9 +68,8 @@ class Job(NamedTuple):
     stages: int
     directory: Path
 
-    @property
-    def done(self) -> bool:
-        return (self.directory / "result.json").exists()
+    def __str__(self) -> str:
+        return f"{self.setting} {self.arm} {self.rate:g} seed {self.seed}"
 
 
 def tuned_on(setting: str, settings: tuple[str, ...]) -> str:
@@ -110,20 +107,9 @@ def final_jobs(root: Path, claims: Claims, rates: dict[tuple[str, str], float]) 
                 yield Job(setting, arm, rate, seed, claims.stages, folder)
 
 
-# --- workers ------------------------------------------------------------------------------
+# --- single runs --------------------------------------------------------------------------
 
 _labs: dict[tuple[str, str], Lab] = {}
-
-
-def start_worker(cores: multiprocessing.Queue) -> None:
-    """Binds the process to one core before JAX starts its threads; keeps compiled programs."""
-    import jax
-
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores.get()})
-    os.environ["JAXALIGN_PROGRESS"] = "off"
-    jax.config.update("jax_platforms", "cpu")
-    cli.keep_compiled_programs()
 
 
 def experiment(job: Job) -> Experiment:
@@ -147,31 +133,10 @@ def run_job(job: Job) -> Job:
     return job
 
 
-def run_jobs(jobs: list[Job], workers: int, title: str) -> None:
-    """All jobs that have no result yet, `workers` at a time, with a progress bar."""
-    missing = [job for job in jobs if not job.done]
-    if not missing:
-        return
-    context = multiprocessing.get_context("spawn")
-    cores: multiprocessing.Queue = context.Queue()
-    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    for worker in range(workers):
-        cores.put(available[worker % len(available)])
-    done = len(jobs) - len(missing)
-    with (
-        context.Pool(workers, start_worker, (cores,)) as pool,
-        metrics.Progress(len(jobs), title, done) as bar,
-    ):
-        for job in pool.imap_unordered(run_job, missing):
-            done += 1
-            bar.update(done)
-            print(f"{job.setting} {job.arm} {job.rate:g} seed {job.seed}", file=sys.stderr)
-
-
 def describe(root: Path, claims: Claims, rates: dict[tuple[str, str], float]) -> None:
     """Leaves `config.json` and `env.json` where `comparison.read` looks for them."""
     env = {"command": "python -m experiments.b2_diffurl claims", **metrics.environment()}
-    for job in filter(lambda job: job.done, final_jobs(root, claims, rates)):
+    for job in filter(is_done, final_jobs(root, claims, rates)):
         folder = job.directory.parent
         config = {**dataclasses.asdict(experiment(job)), "arms": claims.arms}
         metrics.write_json(folder / "config.json", config)
@@ -182,9 +147,9 @@ def run(root: Path, claims: Claims) -> Path:
     """Tunes, runs, and leaves everything under `root`; the path of the tables for RESULTS.md."""
     for setting in claims.settings:  # the base models, once, before the workers ask for them
         make_lab(SETTINGS[setting])
-    run_jobs(list(tuning_jobs(root, claims)), claims.workers, "tuning")
+    run_jobs(list(tuning_jobs(root, claims)), run_job, claims.workers, "tuning")
     rates = chosen_rates(root, claims)
-    run_jobs(list(final_jobs(root, claims, rates)), claims.workers, "runs")
+    run_jobs(list(final_jobs(root, claims, rates)), run_job, claims.workers, "runs")
     return write_tables(root, claims, rates)
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments import cli
+from experiments import cli, r3hf_claims
 from experiments.language import Experiment, check, make_lab, run_arms
 from experiments.problems import Name, Network, Source
+from experiments.r3hf_claims import Claims
 from jaxalign.methods import r3hf, reward_model, supervised
 
 
@@ -62,6 +63,11 @@ def tiny() -> Experiment:
     )
 
 
+def claims() -> Claims:
+    """What redistribution gains, with controls, ten seeds: hours on two cores, resumable."""
+    return Claims()
+
+
 def small(**changes: object) -> r3hf.Config:
     """Iterations that a CPU runs in a tenth of a second each; rates fit for small networks."""
     config = r3hf.Config(iterations=120, rollouts=64, policy_rate=1e-3, critic_rate=1e-3)
@@ -106,6 +112,7 @@ PRESETS = {
     "synthetic": synthetic,
     "text": text,
     "tiny": tiny,
+    "claims": claims,
     "nectar": nectar,
     "tldr": tldr,
     "saferlhf": saferlhf,
@@ -114,6 +121,9 @@ PRESETS = {
 
 def run_all(run: cli.Run) -> None:
     """Every seed of the command line, one after the other, then the report."""
+    if isinstance(run.config, Claims):
+        print(f"tables: {r3hf_claims.run(cli.open_workdir(run), run.config)}")
+        return
     check(run.config)
     for each in cli.open_seeds(run):
         lab = make_lab(each.config)
