@@ -69,14 +69,10 @@ def adjust(logits: Array, sampling: Sampling, drawn: Array | None = None) -> Arr
         return jnp.where(_is_token(logits, best), 0.0, DROPPED)
     logits = jnp.maximum(logits / sampling.temperature, DROPPED)
     if 0 < sampling.top_k < logits.shape[-1]:
-        fixed = jax.lax.stop_gradient(logits)
-        edge = jax.lax.top_k(fixed, sampling.top_k)[0][..., -1:]
-        keep = _fewest(fixed, edge, jnp.ones_like(fixed), float(sampling.top_k))
+        keep = _largest(jax.lax.stop_gradient(logits), sampling.top_k)
         logits = _truncate(logits, keep, drawn)
     if sampling.top_p < 1:
-        fixed = jax.lax.stop_gradient(logits)
-        weight = jax.nn.softmax(fixed)
-        keep = _fewest(fixed, _edge(fixed, weight, sampling.top_p), weight, sampling.top_p)
+        keep = _likeliest(jax.lax.stop_gradient(logits), sampling.top_p)
         logits = _truncate(logits, keep, drawn)
     return logits
 
@@ -88,17 +84,32 @@ def _truncate(logits: Array, keep: Array, drawn: Array | None) -> Array:
 
 
 def _is_token(logits: Array, token: Array) -> Array:
-    return jax.lax.broadcasted_iota(token.dtype, logits.shape, logits.ndim - 1) == token[..., None]
+    return _ids(logits) == token[..., None]
 
 
-def _fewest(logits: Array, edge: Array, weight: Array, target: float) -> Array:
-    """The fewest of the largest logits whose weights add up to `target`, `[..., V] bool`.
+def _ids(logits: Array) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
-    edge: `[..., 1]`, the smallest logit among them. weight: `[..., V]`, equal for equal logits.
-    """
+
+def _largest(logits: Array, count: int) -> Array:
+    """The `count` largest logits, `[..., V] bool`."""
+    # `top_k` orders 0, -0 and subnormal numbers, all equal in a comparison: make them one.
+    logits = jnp.where(logits == 0, 0.0, logits)
+    # Without the barrier XLA:CPU reads only the last of them and no longer sees a top-k in it, but
+    # sorts the whole vocabulary, which takes a hundred times as long.
+    values, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, count))
+    # Of equals `top_k` takes the smaller ids first, so the last one taken divides them.
+    tied = (logits == values[..., -1:]) & (_ids(logits) <= ids[..., -1:])
+    return (logits > values[..., -1:]) | tied
+
+
+def _likeliest(logits: Array, mass: float) -> Array:
+    """The fewest tokens, likeliest first, whose probabilities reach `mass`, `[..., V] bool`."""
+    weight = jax.nn.softmax(logits)
+    edge = _edge(logits, weight, mass)
     above, tied = logits > edge, logits == edge
-    missing = target - jnp.where(above, weight, 0.0).sum(-1, keepdims=True)
-    # A tied token is taken while those before it weigh too little.
+    missing = mass - jnp.where(above, weight, 0.0).sum(-1, keepdims=True)
+    # A tied token is taken while those before it, of the same weight, are too few.
     before = jnp.cumsum(tied, axis=-1) - tied
     return above | (tied & (before * weight < missing))
 
