@@ -44,6 +44,7 @@ COPIED = (
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
     "generation_config.json",
 )
+WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -123,14 +124,11 @@ def tokenizer(path: Path | str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    vocabulary = read_config(path).vocabulary
-    try:
-        found: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path}: no tokenizer can be read ({reason}); add tokenizer.json"
-        ) from error
+    path, vocabulary = Path(path), read_config(path).vocabulary
+    # transformers makes an empty tokenizer of a GPT-2 folder without one.
+    if not any((path / name).exists() for name in WORDS):
+        raise UserError(f"{path}: no tokenizer ({' or '.join(WORDS)}); copy the model's own there")
+    found: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     top = max(found.get_vocab().values(), default=0)
     if top >= vocabulary:
         raise UserError(
