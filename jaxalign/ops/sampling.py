@@ -95,12 +95,13 @@ def _largest(logits: Array, count: int) -> Array:
     """The `count` largest logits, `[..., V] bool`."""
     # `top_k` orders 0, -0 and subnormal numbers, all equal in a comparison: make them one.
     logits = jnp.where(logits == 0, 0.0, logits)
-    # Without the barrier XLA:CPU reads only the last of them and no longer sees a top-k in it, but
-    # sorts the whole vocabulary, which takes a hundred times as long.
-    values, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, count))
+    values, ids = jax.lax.top_k(logits, count)
+    # Not values[..., -1:]: where only the last is read XLA:CPU no longer sees a top-k and sorts the
+    # whole vocabulary, which takes a hundred times as long.
+    edge = values.min(-1, keepdims=True)
     # Of equals `top_k` takes the smaller ids first, so the last one taken divides them.
-    tied = (logits == values[..., -1:]) & (_ids(logits) <= ids[..., -1:])
-    return (logits > values[..., -1:]) | tied
+    last = jnp.where(values == edge, ids, -1).max(-1, keepdims=True)
+    return (logits > edge) | ((logits == edge) & (_ids(logits) <= last))
 
 
 def _likeliest(logits: Array, mass: float) -> Array:
