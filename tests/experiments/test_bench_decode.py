@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -10,12 +11,22 @@ import numpy as np
 import pytest
 
 from experiments import bench_decode
-from experiments.bench import Spent, Timing
+from experiments.measuring import Spent, Timing
 from jaxalign.core.types import UserError
 
 SIZES = dict(depth=1, width=16, heads=2, vocabulary=40, rows=4, prompt=5, length=6, repeats=2)
 TINY = dataclasses.replace(bench_decode.decode_against_transformers(), **SIZES, torch=False)
 TAIL = dataclasses.replace(bench_decode.decode_tail(), **SIZES, halvings=(0, 1))
+
+
+@functools.cache
+def problem_of(family):
+    return bench_decode.make_problem(TINY, family)
+
+
+@pytest.fixture(autouse=True)
+def _small_copies(monkeypatch):
+    monkeypatch.setattr(bench_decode, "COPIED_BYTES", 2**20)
 
 
 def test_a_line_for_each_model(capsys):
@@ -42,7 +53,7 @@ def test_the_tail_ends_where_it_should_however_often_the_batch_shrinks():
 
 @pytest.mark.parametrize(("family", "heads"), [("gpt2", 2), ("llama", 1)])
 def test_bytes_of_a_step(family, heads):
-    problem = bench_decode.make_problem(TINY, family)
+    problem = problem_of(family)
     sizes = jax.tree_util.tree_leaves_with_path(problem.params)
     looked_up = sum(leaf.nbytes for path, leaf in sizes if "position" in str(path))
     assert bool(looked_up) == (family == "gpt2")
@@ -63,7 +74,7 @@ def test_ratios_and_steps_are_those_of_the_turns():
         "transformers_prefill": timing(1.0, 1.0, 1.0),
         "copy": timing(0.1, 0.1, 0.2),
     }
-    problem = bench_decode.make_problem(TINY, "gpt2")
+    problem = problem_of("gpt2")
     line = bench_decode.describe(TINY, problem, "transformers", "", timings)
     assert (line["ratio"], line["cpu_ratio"]) == (3, 3)
     assert (line["step_seconds"], line["tokens_per_second"]) == ((4 - 1) / 5, 6)

@@ -144,15 +144,14 @@ def test_rollout_and_trainer_are_the_same_policy(sampling):
         assert float(mismatch(decoded, rescore(decoded)[0])) > 0.05
 
 
-@pytest.mark.parametrize("sampling", [HOW[0], HOW[-1]], ids=["sampled", "greedy"])
-def test_the_cache_changes_nothing(sampling):
+def test_the_cache_changes_nothing():
     """Against a full forward for each token."""
     (ids, mask), key = prompts(), jax.random.key(3)
 
     @jax.jit
     def next_token(ids, mask, step):
         hidden = jnp.take(MODEL.hidden(params(), ids, mask), PROMPT + step - 1, axis=1)
-        adjusted = adjust(MODEL.logits(params(), hidden), sampling)
+        adjusted = adjust(MODEL.logits(params(), hidden), Sampling())
         fold = jax.vmap(jax.random.fold_in, (None, 0))
         keys = jax.vmap(jax.random.fold_in, (0, None))(fold(key, jnp.arange(ROWS)), step)
         token = draw(keys, adjusted)
@@ -164,7 +163,7 @@ def test_the_cache_changes_nothing(sampling):
         ids[:, PROMPT + step], density = next_token(ids, mask, step)
         mask[:, PROMPT + step] = True
         densities.append(density)
-    decoded = run(*prompts(), sampling=sampling)
+    decoded = run(*prompts())
     np.testing.assert_array_equal(decoded.ids, ids)
     np.testing.assert_allclose(decoded.log_density, np.stack(densities, 1), atol=1e-5)
     assert (
@@ -211,11 +210,10 @@ def test_the_loop_ends_with_the_last_row(stop):
 # --- neighbours and the shrinking batch ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("halvings", [2, 9])
-def test_shrinking_the_batch_changes_nothing(halvings):
+def test_shrinking_the_batch_changes_nothing():
     for seed in (3, 4, 5):
         whole = run(*prompts(), seed, stop=STOP)
-        assert_same(whole, run(*prompts(), seed, stop=STOP, halvings=halvings))
+        assert_same(whole, run(*prompts(), seed, stop=STOP, halvings=9))
         assert len(np.unique(whole.length)) > 2
 
 
@@ -311,13 +309,12 @@ def test_one_trace_serves_all_prompts():
     assert np.any(before.ids != other.ids)
 
 
-@pytest.mark.parametrize("halvings", [0, 2])
-def test_seeds_under_vmap(halvings):
+def test_seeds_under_vmap():
     keys = jax.random.split(jax.random.key(4), 3)
     weights = [MODEL.init(key) for key in keys]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
     one = functools.partial(
-        decode, MODEL, length=LENGTH, sampling=Sampling(), stop=STOP, pad=PAD, halvings=halvings
+        decode, MODEL, length=LENGTH, sampling=Sampling(), stop=STOP, pad=PAD, halvings=2
     )
     many = jax.jit(jax.vmap(one, (0, None, None, 0)))
     together = many(stacked, *prompts(), keys)
@@ -388,7 +385,7 @@ def losses(length=LENGTH):
     return chunked, at_once
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 99])
+@pytest.mark.parametrize("chunk", [4, 99])
 def test_chunks_change_neither_value_nor_gradient(chunk):
     chunked, at_once = losses()
     value, gradient = jax.jit(jax.value_and_grad(functools.partial(chunked, chunk=chunk)))(params())
