@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import pictures, problems
+from experiments import problems
 from experiments.problems import Problem, Source
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
@@ -42,15 +42,15 @@ class Experiment:
 
     source: Source = Source()
     arms: tuple[str, ...] = ("sparse", "redistributed", "calibrated", "uniform")
-    supervised: supervised.Config = supervised.Config(updates=800, learning_rate=2e-3)
-    reward: reward_model.Config = reward_model.Config(updates=1500, learning_rate=2e-3)
+    fine_tuning: supervised.Config = supervised.Config(updates=800, learning_rate=2e-3)
+    reward: reward_model.Config = reward_model.Config(updates=1500)
     calibration: reward_model.Config = reward_model.Config(updates=600)
     calibration_responses: int = 4096  # sampled from the fine-tuned policy
-    r3hf: r3hf.Config = r3hf.Config()
+    rl: r3hf.Config = r3hf.Config()
     evaluate_every: int = 20  # iterations
     evaluated: int = 256  # held-out prompts
     save_every: int = 40  # iterations
-    stop_when_ill: bool = True  # at the stop limits of r3hf.limits; else only warn
+    stop_when_ill: bool = True  # at the stop limits of rl.limits; else only warn
     mesh: str = "data=-1"
     tensorboard: bool = False
     wandb: bool = False
@@ -71,7 +71,7 @@ class Experiment:
 
 
 class Arm(NamedTuple):
-    """changes: to `r3hf.Config`. calibrated: whether the rewards are the calibrated model's.
+    """changes: to `Experiment.rl`. calibrated: whether the rewards are the calibrated model's.
 
     critic: where the critic starts, at this one of the run's scalar models or as `r3hf` says.
     """
@@ -106,7 +106,7 @@ ARMS: Mapping[str, Arm] = {
 
 def arm_config(config: Experiment, arm: str) -> r3hf.Config:
     """The method's configuration for an arm."""
-    return dataclasses.replace(config.r3hf, **ARMS[arm].changes)
+    return dataclasses.replace(config.rl, **ARMS[arm].changes)
 
 
 # --- what all arms start from ---------------------------------------------------------------------
@@ -135,8 +135,8 @@ def check(config: Experiment) -> None:
     for arm in config.arms:
         r3 = arm_config(config, arm)
         rows = r3.rollouts // (r3.minibatches * r3.micro_batches)
-        meshes.check_divisible("r3hf.rollouts / (minibatches * micro_batches) =", rows, mesh)
-    for name in ("supervised", "reward", "calibration"):
+        meshes.check_divisible("rl.rollouts / (minibatches * micro_batches) =", rows, mesh)
+    for name in ("fine_tuning", "reward", "calibration"):
         meshes.check_divisible(f"{name}.batch", getattr(config, name).batch, mesh)
 
 
@@ -145,7 +145,10 @@ def make_lab(config: Experiment) -> Lab:
     problem = problems.make(config.source)
     mesh = meshes.make_mesh(meshes.parse_mesh(config.mesh))
     scalar = with_scalar_head(problem.model)
-    name = {"source": _plain(config.source), "supervised": _plain(config.supervised)}
+    name: dict[str, Any] = {
+        "source": _plain(config.source),
+        "fine_tuning": _plain(config.fine_tuning),
+    }
     policy = cached("policy", name, lambda: fine_tuned(config, problem, mesh))
     name["reward"] = _plain(config.reward)
     reward = cached("reward", name, lambda: preferring(config, problem, mesh, scalar, policy))
@@ -185,9 +188,9 @@ def fine_tuned(config: Experiment, problem: Problem, mesh: jax.sharding.Mesh) ->
     if problem.demonstrations is None:
         return params
     rows = meshes.batch_sharding(mesh)
-    step = supervised.make_step(problem.model, config.supervised, problem.decoding.length, rows)
-    state = supervised.init(params, config.supervised)
-    updates = config.supervised.updates
+    step = supervised.make_step(problem.model, config.fine_tuning, problem.decoding.length, rows)
+    state = supervised.init(params, config.fine_tuning)
+    updates = config.fine_tuning.updates
     return train("fine-tuning", state, step, problem.demonstrations, updates, mesh)
 
 
@@ -318,8 +321,8 @@ class Health:
         for alarm in r3hf.health(metrics, self._config):
             if alarm.level == "stop" and self._stop:
                 raise UserError(
-                    f"stopped at iteration {step}: {alarm.reason}; lower r3hf.policy_rate, raise "
-                    "r3hf.kl_weight, or go on all the same with --no-stop-when-ill"
+                    f"stopped at iteration {step}: {alarm.reason}; lower rl.policy_rate, raise "
+                    "rl.kl_weight, or go on all the same with --no-stop-when-ill"
                 )
             name = alarm.reason.split(" = ")[0]
             if name not in self._said:
@@ -363,7 +366,7 @@ def train_arm(
 ) -> dict[str, float]:
     """Trains one arm into its folder, and returns the final numbers."""
     r3, problem = arm_config(config, arm), lab.problem
-    reward = lab.calibrated if ARMS[arm].calibrated else lab.reward
+    reward = lab.calibrated if ARMS[arm].calibrated and lab.calibrated else lab.reward
     task = r3hf.Task(jax.tree.map(jnp.asarray, problem.prompts), reward, problem.gold_params)
     state = r3hf.set_rates(start_state(lab, config, arm), r3.policy_rate, r3.critic_rate)
     given = (state, task, jax.random.key(config.seed))
@@ -382,7 +385,7 @@ def train_arm(
 
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Checkpoints(directory / "ckpt")) as checkpoints:
-        opened = pictures.open_sinks(config, directory, arm)
+        opened = sinks.open_sinks(config, directory, arm)
         fit(
             state,
             iteration,

@@ -438,7 +438,7 @@ def train_arm(
         contextlib.closing(Checkpoints(directory / "ckpt")) as checkpoints,
         host or contextlib.nullcontext(),
     ):
-        opened = open_sinks(config, directory, arm)
+        opened = sinks.open_sinks(config, directory, arm)
         state = fit(
             state,
             stage,
@@ -464,16 +464,6 @@ def train_arm(
 
 
 LORA_RULE = r".*attention/(qkv|kv_context|out)/kernel"
-
-
-def open_sinks(config: Experiment, directory: Path, arm: str) -> list[sinks.Sink]:
-    """Where the metrics of an arm go, to be closed."""
-    opened: list[sinks.Sink] = [sinks.JsonLines(directory / "metrics.jsonl")]
-    if config.tensorboard:
-        opened.append(sinks.TensorBoard(directory / "tensorboard"))
-    if config.wandb:
-        opened.append(sinks.WandB(directory, name=arm, config=dataclasses.asdict(config)))
-    return opened
 
 
 def save_samples(

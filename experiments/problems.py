@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ REAL = ("nectar", "tldr", "saferlhf")
 class Network:
     """A small GPT-2, for the worlds of our own."""
 
-    width: int = 32
+    width: int = 64
     depth: int = 2
     heads: int = 4
 
@@ -40,14 +40,14 @@ class Source:
     """Which data, which model, and how much of it."""
 
     name: Name = "synthetic"
-    prompt: int = 6  # P, slots of the prompts
+    prompt: int = 4  # P, slots of the prompts
     response: int = 16  # T, tokens of a response at most
-    vocabulary: int = 16  # synthetic: ids
-    noise: float = 0.5  # temperature of the preference labels
+    vocabulary: int = 12  # synthetic: ids
+    noise: float = 0.25  # temperature of the preference labels
     network: Network = Network()
     prompts: int = 4096
     demonstrations: int = 16384
-    pairs: int = 32768
+    pairs: int = 65536
     data: str = ""  # real sets: the folder, in the Hub's layout
     demonstration_data: str = ""  # real sets: the folder for fine-tuning, if it is another
     model: str = ""  # real sets: a Hugging Face folder
@@ -183,7 +183,8 @@ def _real(source: Source) -> Problem:
         response_length=source.response,
         limit=source.pairs,
     )
-    pairs = read(source.name)
+    name: Any = source.name  # one of REAL
+    pairs = read(name)
     cost_pairs = read("saferlhf_safety") if source.name == "saferlhf" else None
     demonstrations = None
     if source.demonstration_data:
@@ -193,7 +194,7 @@ def _real(source: Source) -> Problem:
                 "fine-tuned already"
             )
         sizes = (source.prompt, source.response)
-        given = (source.name, source.demonstration_data, tokenizer, *sizes)
+        given = (name, source.demonstration_data, tokenizer, *sizes)
         demonstrations = preference_sets.load_demonstrations(*given, limit=source.demonstrations)
     train, test = _cut(pairs)
     return Problem(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments import cli, r3hf_claims
+from experiments import cli, r3hf_claims, report
 from experiments.language import Experiment, check, make_lab, run_arms
 from experiments.problems import Name, Network, Source
 from experiments.r3hf_claims import Claims
@@ -19,7 +19,7 @@ from jaxalign.methods import r3hf, reward_model, supervised
 
 def synthetic() -> Experiment:
     """A world with a gold score, on two CPU cores in minutes."""
-    return Experiment(r3hf=small())
+    return Experiment(rl=small())
 
 
 def text() -> Experiment:
@@ -29,14 +29,13 @@ def text() -> Experiment:
             "text",
             response=32,
             noise=1.0,
-            network=Network(width=64),
             demonstrations=8192,
             pairs=8192,
         ),
         arms=("sparse", "redistributed", "calibrated"),
         reward=reward_model.Config(updates=300),
         calibration=reward_model.Config(updates=300),
-        r3hf=small(kl_weight=0.05),
+        rl=small(),
     )
 
 
@@ -51,11 +50,11 @@ def tiny() -> Experiment:
             pairs=256,
         ),
         arms=("sparse", "calibrated"),
-        supervised=supervised.Config(updates=20),
+        fine_tuning=supervised.Config(updates=20),
         reward=reward_model.Config(updates=20),
         calibration=reward_model.Config(updates=10),
         calibration_responses=64,
-        r3hf=small(iterations=3, rollouts=16),
+        rl=small(iterations=3, rollouts=16),
         evaluate_every=3,
         evaluated=16,
         save_every=1,
@@ -70,8 +69,10 @@ def claims() -> Claims:
 
 def small(**changes: object) -> r3hf.Config:
     """Iterations that a CPU runs in a tenth of a second each; rates fit for small networks."""
-    config = r3hf.Config(iterations=120, rollouts=64, policy_rate=1e-3, critic_rate=1e-3)
-    return dataclasses.replace(config, **changes)  # ty: ignore[invalid-argument-type]
+    config = r3hf.Config(
+        iterations=100, rollouts=64, kl_weight=0.05, policy_rate=1e-3, critic_rate=1e-3
+    )
+    return dataclasses.replace(config, **changes)
 
 
 def paper(name: Name, **changes: object) -> Experiment:
@@ -84,11 +85,11 @@ def paper(name: Name, **changes: object) -> Experiment:
     return Experiment(
         source=Source(name, prompt=512, response=512, pairs=200_000, demonstrations=100_000),
         arms=("sparse_reward_critic", "redistributed"),
-        supervised=supervised.Config(updates=1000, batch=64, micro_batches=8, learning_rate=1e-5),
+        fine_tuning=supervised.Config(updates=1000, batch=64, micro_batches=8, learning_rate=1e-5),
         reward=reward_model.Config(updates=2000, batch=64, micro_batches=8, learning_rate=1e-5),
-        r3hf=dataclasses.replace(
+        rl=dataclasses.replace(
             r3hf.Config(iterations=60, rollouts=128, minibatches=4, micro_batches=4),
-            **changes,  # ty: ignore[invalid-argument-type]
+            **changes,
         ),
     )
 
@@ -129,6 +130,8 @@ def run_all(run: cli.Run) -> None:
         lab = make_lab(each.config)
         print(f"the reward model orders {100 * lab.accuracy:.1f} % of held-back pairs as labelled")
         run_arms(lab, each.config, each.workdir, resume=each.resume)
+    print(report.table(run.workdir))
+    print(f"report: {report.build(run.workdir)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,24 +24,27 @@ from experiments.language import ARMS, Experiment, Lab, make_lab, train_arm
 from experiments.problems import Source
 from jaxalign.core import metrics
 from jaxalign.core.types import UserError
-from jaxalign.methods import r3hf
 
-MAIN = ("sparse", "redistributed", "calibrated", "uniform", "sparse_reward_critic")
+MAIN = ("sparse", "redistributed", "calibrated", "uniform")
 
 
 class Setting(NamedTuple):
-    """A length of responses, the arms compared there, and the size of their runs."""
+    """A length of responses, the arms compared there, and the size of their runs.
+
+    effort: what policy and reward model are trained for, as a share of the default updates.
+    """
 
     response: int
     arms: tuple[str, ...]
     iterations: int
     rollouts: int
+    effort: float
 
 
 SETTINGS = {
-    "short": Setting(16, tuple(ARMS), 120, 64),
-    "medium": Setting(64, MAIN, 80, 64),
-    "long": Setting(256, MAIN[:3], 60, 32),
+    "short": Setting(16, tuple(ARMS), 100, 64, 1.0),
+    "medium": Setting(64, MAIN, 60, 32, 0.5),
+    "long": Setting(256, MAIN[:3], 40, 16, 0.2),
 }
 TUNED_ON = "short"
 
@@ -51,8 +54,8 @@ class Claims:
     """What is compared."""
 
     settings: tuple[str, ...] = tuple(SETTINGS)
-    policy_rates: tuple[float, ...] = (5e-4, 1e-3, 3e-3)
-    critic_rates: tuple[float, ...] = (5e-4, 3e-3)
+    policy_rates: tuple[float, ...] = (5e-4, 1.5e-3)
+    critic_rates: tuple[float, ...] = (5e-4, 2e-3)
     repeats: int = 10  # seeds that count
     bases: int = 2
     workers: int = 2
@@ -129,16 +132,27 @@ def final_jobs(root: Path, claims: Claims, rates: Mapping[str, Rates]) -> Iterat
 def experiment(job: Job) -> Experiment:
     """The configuration of a job, before its arm is applied."""
     setting = SETTINGS[job.setting]
-    config = r3hf.Config(
+    config = Experiment()
+    rl = dataclasses.replace(
+        config.rl,
         iterations=setting.iterations,
         rollouts=setting.rollouts,
+        kl_weight=0.05,
         policy_rate=job.rates.policy,
         critic_rate=job.rates.critic,
     )
-    return Experiment(
+
+    def shortened(stage: Any) -> Any:
+        return dataclasses.replace(stage, updates=round(setting.effort * stage.updates))
+
+    return dataclasses.replace(
+        config,
         source=Source(response=setting.response, seed=job.base),
         arms=setting.arms,
-        r3hf=config,
+        fine_tuning=shortened(config.fine_tuning),
+        reward=shortened(config.reward),
+        calibration=shortened(config.calibration),
+        rl=rl,
         evaluate_every=setting.iterations // 6,
         save_every=setting.iterations,
         stop_when_ill=False,  # a control may grow as long as it likes: that is a result
@@ -212,7 +226,8 @@ def write_tables(root: Path, claims: Claims, rates: Mapping[str, Rates]) -> Path
     pairs = ", ".join(f"{rate:g}" for rate in claims.policy_rates)
     critics = ", ".join(f"{rate:g}" for rate in claims.critic_rates)
     sizes = "; ".join(
-        f"{name}: {s.response} tokens, {s.iterations} iterations of {s.rollouts} responses"
+        f"{name}: {s.response} tokens, {s.iterations} iterations of {s.rollouts} responses, policy "
+        f"and reward model trained for {s.effort:g} of the default updates"
         for name, s in SETTINGS.items()
         if name in claims.settings
     )

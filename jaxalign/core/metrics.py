@@ -7,6 +7,7 @@ tables, plots and reports are made from it alone; `TensorBoard` and `WandB` are 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import importlib
 import importlib.metadata
@@ -253,6 +254,19 @@ class WandB:
             **self._options,
         )
         (self._directory / "wandb_id").write_text(self._run.id + "\n")
+
+
+def open_sinks(config: Any, directory: Path, name: str) -> list[Sink]:
+    """`metrics.jsonl` in a run's folder, and the sinks that its config asks for; to be closed.
+
+    config: a dataclass with the switches `tensorboard` and `wandb`. name: of the run.
+    """
+    opened: list[Sink] = [JsonLines(directory / "metrics.jsonl")]
+    if config.tensorboard:
+        opened.append(TensorBoard(directory / "tensorboard"))
+    if config.wandb:
+        opened.append(WandB(directory, name=name, config=dataclasses.asdict(config)))
+    return opened
 
 
 def _optional(package: str, extra: str) -> Any:
