@@ -1,7 +1,8 @@
 """What a comparison run left on disk, read back for tables and plots.
 
 A run is a folder with `env.json`, `config.json` and a folder for each arm, in which `metrics.jsonl`
-has the row of step 0 with the evaluation of the base, and later rows with one row a stage. With
+has the row of step 0 with the evaluation of the base, and later rows with one row a stage (of
+pictures) or an iteration (of language). With
 several seeds the folder has a run in each `seed-K`. Unfinished runs are read as far as they went.
 
 Dimensions: P prompts, N pictures of each, S seeds, E rows in which all seeds have the number.
@@ -21,6 +22,7 @@ from jaxalign.core.metrics import read_json_lines
 from jaxalign.core.types import UserError
 
 LISTS = {"train": "training prompts", "heldout": "held-out prompts"}
+COUNTED = ("reward_evaluations", "network_evaluations", "trained_pairs", "episodes", "tokens")
 REWARD = "reward"  # a probability in both worlds; kB for the JPEG rewards
 
 
@@ -36,18 +38,36 @@ class Samples(NamedTuple):
     success: np.ndarray
 
 
+class Response(NamedTuple):
+    """A language model's answer to a held-out prompt.
+
+    prompt, response: their tokens as words. reward: of each response token, one number a word.
+    score: the reward model's of the whole. gold: the true one, 0 where nobody knows it.
+    """
+
+    prompt: tuple[str, ...]
+    response: tuple[str, ...]
+    reward: tuple[float, ...]
+    score: float
+    gold: float
+
+
 class ArmRun(NamedTuple):
     """One arm of one seed.
 
-    rows: of `metrics.jsonl`, with "cost" added: all network evaluations, updates included
-        (`forwards_a_pair`). before, after: `Samples` by list name, empty where there are none.
+    rows: of `metrics.jsonl`, with two numbers added: "cost", all network evaluations, updates
+        included (`forwards_a_pair`), and "warm_seconds", the time since the first step's end.
+    before, after: `Samples` by list name, empty where there are none.
     finished: whether the arm came to its end.
+    responses_before, responses_after: of language models, to the same prompts.
     """
 
     rows: list[dict[str, Any]]
     before: Mapping[str, Samples]
     after: Mapping[str, Samples]
     finished: bool
+    responses_before: tuple[Response, ...] = ()
+    responses_after: tuple[Response, ...] = ()
 
 
 class Comparison(NamedTuple):
@@ -68,14 +88,19 @@ class Comparison(NamedTuple):
         """The runs of an arm, by seed."""
         return [self.runs[arm, seed] for seed in self.seeds if (arm, seed) in self.runs]
 
-    def unfinished(self) -> list[str]:
-        """What is missing, in words: "official, seed 3, at stage 12"."""
+    def paired(self, arm: str, other: str) -> tuple[list[ArmRun], list[ArmRun]]:
+        """The runs of two arms, seed by seed, of the seeds that have both."""
+        seeds = [s for s in self.seeds if (arm, s) in self.runs and (other, s) in self.runs]
+        return [self.runs[arm, s] for s in seeds], [self.runs[other, s] for s in seeds]
+
+    def unfinished(self, step: str = "stage") -> list[str]:
+        """What is missing, in words: "official, seed 3, at stage 12". step: what a row is."""
         missing = []
         for seed in self.seeds:
             for arm in self.arms:
                 run = self.runs.get((arm, seed))
                 if run is None or not run.finished:
-                    where = f"at stage {run.rows[-1]['step']}" if run else "not begun"
+                    where = f"at {step} {run.rows[-1]['step']}" if run else "not begun"
                     missing.append(f"{arm}, seed {seed}, {where}")
         return missing
 
@@ -117,7 +142,7 @@ def read(workdir: str | Path) -> Comparison:
             if run := _read_arm(path.parent, forwards_a_pair(config)):
                 runs[path.parent.name, seed] = run
     if not runs:
-        raise UserError(f"{workdir}: no arm has metrics yet; wait for the run's first stage")
+        raise UserError(f"{workdir}: no arm has metrics yet; wait for the run's first row")
     listed = [*config.get("arms", ()), *sorted({arm for arm, _ in runs})]
     env = _read_json(folders[0] / "env.json") if (folders[0] / "env.json").exists() else {}
     return Comparison(workdir, config, env, tuple(dict.fromkeys(listed)), seeds, runs)
@@ -143,13 +168,36 @@ def _read_arm(folder: Path, forwards: int) -> ArmRun | None:
     if not rows:
         return None
     if rows[0]["step"] == 0:
-        nothing = {"reward_evaluations": 0, "network_evaluations": 0, "trained_pairs": 0}
-        rows[0] = {**nothing, **rows[0]}
+        rows[0] = {**dict.fromkeys(COUNTED, 0), **rows[0]}
     for row in rows:
         pairs, networks = row.get("trained_pairs"), row.get("network_evaluations")
         row["cost"] = None if networks is None else networks + forwards * (pairs or 0)
-    finished = (folder / "result.json").exists()
-    return ArmRun(rows, _read_samples(folder, "before"), _read_samples(folder, "after"), finished)
+        if "seconds" in row:
+            row["warm_seconds"] = max(row["seconds"] - rows[min(1, len(rows) - 1)]["seconds"], 0.0)
+    return ArmRun(
+        rows,
+        _read_samples(folder, "before"),
+        _read_samples(folder, "after"),
+        (folder / "result.json").exists(),
+        _read_responses(folder, "before"),
+        _read_responses(folder, "after"),
+    )
+
+
+def _read_responses(folder: Path, when: str) -> tuple[Response, ...]:
+    path = folder / f"samples-{when}.json"
+    if not path.exists():
+        return ()
+    return tuple(
+        Response(
+            tuple(each["prompt"]),
+            tuple(each["response"]),
+            tuple(each["reward"]),
+            each["score"],
+            each["gold"],
+        )
+        for each in _read_json(path)["samples"]
+    )
 
 
 def _read_samples(folder: Path, when: str) -> dict[str, Samples]:
@@ -188,6 +236,16 @@ def curve(runs: Sequence[ArmRun], *names: str) -> np.ndarray:
 def final(runs: Sequence[ArmRun], name: str) -> np.ndarray:
     """`[S]`: the number in the last row that has it, NaN where none has."""
     return np.array([_last(run.rows, name) for run in runs], np.float64)
+
+
+def average(runs: Sequence[ArmRun], name: str, last: float = 1.0) -> np.ndarray:
+    """`[S]`: the mean over all rows that have the number, or the last part of them; NaN for none.
+
+    Over all rows of equal length it is the area under the curve. last: the part, 0.1 for a tenth.
+    """
+    columns = [[_number(row[name]) for row in run.rows if name in row] for run in runs]
+    parts = [column[-max(int(last * len(column)), 1) :] for column in columns]
+    return np.array([np.mean(part) if part else math.nan for part in parts], np.float64)
 
 
 def base(comparison: Comparison, name: str) -> np.ndarray:

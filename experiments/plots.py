@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -81,7 +82,7 @@ def arm_style(arms: Sequence[str], arm: str) -> Style:
 
 def figures(comparison: Comparison) -> Iterator[tuple[str, Figure]]:
     """Name (also that of its file) and figure, for all that the run has data for."""
-    with rc_context(_STYLE):
+    with styled():
         yield "reward", reward_figure(comparison)
         for prompts in LISTS:
             if base_samples(comparison, prompts):
@@ -92,27 +93,44 @@ def figures(comparison: Comparison) -> Iterator[tuple[str, Figure]]:
         yield "stages", stages_figure(comparison)
 
 
+def styled() -> AbstractContextManager[None]:
+    """Within it figures are made and drawn in the style of the reports."""
+    return rc_context(_STYLE)
+
+
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file's content."""
     content = io.BytesIO()
-    with rc_context(_STYLE):
+    with styled():
         figure.savefig(content, format="png", dpi=140)
     return content.getvalue()
 
 
-def _figure(width: float, height: float, **options: Any) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", **options)
+def new_figure(
+    width: float, height: float, layout: Literal["constrained"] | None = "constrained"
+) -> Figure:
+    """An empty figure of that many inches."""
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)  # no display, whatever the user's backend
     return figure
 
 
-def _arm_legend(figure: Figure, arms: Sequence[str], *more: Line2D) -> None:
-    handles = [Line2D([], [], label=arm, lw=1.8, ms=4, **arm_style(arms, arm)) for arm in arms]
-    handles += [Line2D([], [], label="base", color=BASE, lw=1.4, ls="--"), *more]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 9))
+def arm_legend(figure: Figure, styles: Mapping[str, Style], *more: Line2D) -> None:
+    """The arms by their styles, and what else there is, above the figure's axes."""
+    handles = [Line2D([], [], label=arm, lw=1.8, ms=4, **style) for arm, style in styles.items()]
+    handles += more
+    letters = sum(len(str(handle.get_label())) + 6 for handle in handles)
+    rows = max(-(-letters // int(14 * figure.get_figwidth())), -(-len(handles) // 9))
+    figure.legend(handles=handles, loc="outside upper center", ncols=-(-len(handles) // rows))
 
 
-def _present(comparison: Comparison) -> list[str]:
+def level(label: str) -> Line2D:
+    """The legend's entry for `draw_base`."""
+    return Line2D([], [], label=label, color=BASE, lw=1.4, ls="--")
+
+
+def present(comparison: Comparison) -> list[str]:
+    """The arms that have begun."""
     return [arm for arm in comparison.arms if comparison.of(arm)]
 
 
@@ -144,7 +162,7 @@ def draw_base(axes: Axes, values: np.ndarray) -> None:
 
 def reward_figure(comparison: Comparison) -> Figure:
     """Rows: the two prompt lists. Columns: three costs. Thin: pictures sampled in training."""
-    figure, arms = _figure(11, 6.2), _present(comparison)
+    figure, arms = new_figure(11, 6.2), present(comparison)
     grid = figure.subplots(2, 3, sharex="col", sharey="row", squeeze=False)
     for row, (prompts, title) in zip(grid, LISTS.items(), strict=True):
         for axes, (cost, label) in zip(row, COSTS.items(), strict=True):
@@ -161,7 +179,7 @@ def reward_figure(comparison: Comparison) -> Figure:
                 axes.set_xlabel(label)
         row[0].set_ylabel(f"{title}\n{REWARD}")
     thin = Line2D([], [], color="#444444", lw=0.9, label="pictures sampled in training")
-    _arm_legend(figure, arms, thin)
+    arm_legend(figure, {arm: arm_style(arms, arm) for arm in arms}, level("base"), thin)
     return figure
 
 
@@ -184,21 +202,22 @@ def draw_path(axes: Axes, runs: Sequence[ArmRun], x: str, y: str, style: Style) 
         return
     estimate = mean_interval(values)
     (along, height), colour = estimate.mean, style["color"]
-    axes.plot(along, height, lw=1.4, color=colour, marker=".", ms=3)
-    axes.plot(along[-1:], height[-1:], ls="", ms=7, mec="white", mew=0.8, zorder=3, **style)
+    axes.plot(along, height, lw=1.4, ls=style.get("ls", "-"), color=colour, marker=".", ms=3)
+    end = along[-1:], height[-1:]
+    axes.plot(
+        *end, ls="", color=colour, marker=style["marker"], ms=7, mec="white", mew=0.8, zorder=3
+    )
     if estimate.seeds > 1:
         for across in (True, False):
-            end = 0 if across else 1
-            ends = np.abs(np.array([estimate.low, estimate.high]) - estimate.mean)[:, end, -1:]
+            which = 0 if across else 1
+            ends = np.abs(np.array([estimate.low, estimate.high]) - estimate.mean)[:, which, -1:]
             bars = {"xerr": ends} if across else {"yerr": ends}
-            axes.errorbar(
-                along[-1:], height[-1:], fmt="none", ecolor=colour, elinewidth=1.2, **bars
-            )
+            axes.errorbar(*end, fmt="none", ecolor=colour, elinewidth=1.2, **bars)
 
 
 def diversity_figure(comparison: Comparison) -> Figure:
     """Rows: the two prompt lists. Columns: entropy, distance, KL; all against reward."""
-    figure, arms = _figure(11, 6.2), _present(comparison)
+    figure, arms = new_figure(11, 6.2), present(comparison)
     grid = figure.subplots(2, 3, sharex="row", squeeze=False)
     for row, (prompts, title) in zip(grid, LISTS.items(), strict=True):
         for axes, (name, label) in zip(row, SPREADS.items(), strict=True):
@@ -257,7 +276,7 @@ def draw_prompt_bars(
 
 def prompts_figure(comparison: Comparison) -> Figure:
     """Left the training prompts, right the held-out ones, at the same size and scale."""
-    arms = [arm for arm in _present(comparison) if any(run.after for run in comparison.of(arm))]
+    arms = [arm for arm in present(comparison) if any(run.after for run in comparison.of(arm))]
     before = {name: base_samples(comparison, name) for name in LISTS}
     counts = {name: len(samples[0].prompts) for name, samples in before.items()}
     longest = max(len(text) for samples in before.values() for text in samples[0].prompts)
@@ -265,8 +284,7 @@ def prompts_figure(comparison: Comparison) -> Figure:
     width, text, row = 11.0, 0.15 + 0.063 * longest, 0.2 + 0.045 * len(arms)
     above, below = 0.75, 0.55
     height = above + row * max(counts.values()) + below
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height, layout=None)
     first: Axes | None = None
     for column, (name, title) in enumerate(LISTS.items()):
         tall = row * counts[name]
@@ -295,7 +313,7 @@ def prompts_figure(comparison: Comparison) -> Figure:
 
 def stages_figure(comparison: Comparison) -> Figure:
     """How long the trained suffix is, and the share of reward variance within branches."""
-    figure, arms = _figure(8, 2.8), _present(comparison)
+    figure, arms = new_figure(8, 2.8), present(comparison)
     labels = {
         "suffix": "trained suffix (steps)",
         "within_share": "share of reward variance\nwithin branches",
@@ -367,7 +385,7 @@ def draw_card(
 
 def samples_figure(comparison: Comparison, prompts: str) -> Figure:
     """A card for each prompt (at most 24, evenly chosen), of the first seed, equal noise."""
-    arms = _present(comparison)
+    arms = present(comparison)
     seed = next(seed for seed in comparison.seeds if (arms[0], seed) in comparison.runs)
     runs = {arm: comparison.runs[arm, seed] for arm in arms if (arm, seed) in comparison.runs}
     rows = {"base": base_samples(comparison, prompts)[0]}
@@ -378,7 +396,7 @@ def samples_figure(comparison: Comparison, prompts: str) -> Figure:
     tall = -(-len(shown) // wide)
     pictures = min(MOST_PICTURES, rows["base"].images.shape[1])
     cell = 0.55 + 1.95 * len(rows) / pictures
-    figure = _figure(11, 0.5 + cell * tall)
+    figure = new_figure(11, 0.5 + cell * tall)
     grid = figure.subplots(tall, wide, squeeze=False)
     for index, (axes, prompt) in enumerate(zip(grid.flat, shown, strict=False)):
         draw_card(axes, rows, prompt, colours, named=index % wide == 0)

@@ -12,20 +12,18 @@ here, so that numbers look alike everywhere. Figures are named relative to the r
 
 from __future__ import annotations
 
-import base64
-import html
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from experiments import cli, comparison
+from experiments import cli, comparison, language_report, pages
 from experiments.comparison import LISTS, REWARD, Comparison, Samples
+from experiments.pages import Column, interval, number, text_table
 from experiments.statistics import Estimate, mean_interval, paired_difference
 from jaxalign.core.metrics import replacing
 from jaxalign.core.types import UserError
@@ -33,42 +31,7 @@ from jaxalign.core.types import UserError
 COMMAND = "python -m experiments.report"
 HERE = Path(__file__).parent
 
-# --- numbers -------------------------------------------------------------------------------------
-
-
-def number(value: float, decimals: int | None = None) -> str:
-    """The number with three figures, whole ones and large ones in full; "-" for none.
-
-    decimals: how many, where not by size.
-    """
-    if value is None or not math.isfinite(value):
-        return "-"
-    if decimals is None and 0 < abs(value) < 1e-4:
-        return f"{value:.2e}"
-    if decimals is None:
-        whole = value == round(value) or abs(value) >= 100
-        decimals = 0 if whole else min(6, max(0, 2 - math.floor(math.log10(abs(value)))))
-    text = f"{value:,.{decimals}f}"
-    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
-
-
-def interval(mean: float, low: float, high: float) -> str:
-    """Mean and "[low, high]" to two figures of the half-width; the mean alone without width."""
-    if low is None or high is None or not high - low > 1e-9 * abs(mean):
-        return number(mean)
-    decimals = min(5, max(0, 1 - math.floor(math.log10((high - low) / 2))))
-    mean_text, low_text, high_text = (number(x, decimals) for x in (mean, low, high))
-    return f"{mean_text} [{low_text}, {high_text}]"
-
-
-class Column(NamedTuple):
-    """A column of the table of final numbers: `head` over `sub`, and the metric."""
-
-    head: str
-    sub: str
-    metric: str
-    percent: bool = False
-
+# --- numbers of a picture run ------------------------------------------------------------------
 
 COLUMNS = (
     Column(REWARD, "train", "train/reward"),
@@ -109,9 +72,8 @@ def differences(run: Comparison) -> dict[str, list[Estimate]]:
     first, *others = run.arms
     table = {}
     for arm in others:
-        seeds = [s for s in run.seeds if (arm, s) in run.runs and (first, s) in run.runs]
-        if len(seeds) > 1:
-            pair = [[run.runs[name, s] for s in seeds] for name in (arm, first)]
+        pair = run.paired(arm, first)
+        if len(pair[0]) > 1:
             ends = [[comparison.final(runs, f"{x}/reward") for runs in pair] for x in LISTS]
             table[arm] = [paired_difference(*end) for end in ends]
     return table
@@ -140,29 +102,17 @@ def table(workdir: str | Path) -> str:
     Raises: UserError when `workdir` is no run.
     """
     run = comparison.read(workdir)
-    metrics = [column.metric for column in COLUMNS]
-    lines = [["", *heads] for heads in zip(*_NARROW.values(), strict=True)]
-    for name, estimates in final_numbers(run).items():
-        parts = [_mean_and_range(estimates[metrics.index(metric)]) for metric in _NARROW]
-        lines.append([name, *(mean for mean, _ in parts)])
-        if any(ends for _, ends in parts):
-            lines.append(["", *(ends for _, ends in parts)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    ]
+    if of_language(run):
+        return language_report.table(run)
+    shown = [column.metric for column in COLUMNS]
+    picked = [shown.index(metric) for metric in _NARROW]
+    rows = {name: [row[i] for i in picked] for name, row in final_numbers(run).items()}
+    text = text_table(list(_NARROW.values()), rows)
     if len(run.seeds) > 1:
         text.append(f"Means over {len(run.seeds)} seeds, below them 95 % intervals.")
     text.append("Entropy and KL in nats. * Sampling and updates; a backward pass counts as 2.")
     text += [f"Not finished: {what}." for what in run.unfinished()]
-    return "\n".join(line.rstrip() for line in text)
-
-
-def _mean_and_range(estimate: Estimate) -> tuple[str, str]:
-    text = interval(float(estimate.mean), float(estimate.low), float(estimate.high))
-    mean, _, ends = text.partition(" ")
-    return mean, ends
+    return "\n".join(text)
 
 
 # --- report.html ---------------------------------------------------------------------------------
@@ -184,28 +134,6 @@ CAPTIONS = {
     "reward's variance that lies within branches (arms with branches only).",
 }
 
-_CSS = """
-body { max-width: 1100px; margin: 2em auto; padding: 0 1em; background: #fff; color: #222;
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6em; margin-bottom: .2em; }
-h2 { font-size: 1.2em; margin-top: 2em; }
-code { background: #f3f3f3; padding: .15em .4em; border-radius: 3px; font-size: .92em; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86em; }
-th, td { padding: .3em .55em; text-align: right; border-bottom: 1px solid #e3e3e3; }
-th { font-weight: 600; }
-thead th { border-bottom: 1px solid #999; }
-.group th { border: 0; text-align: center; }
-th:first-child, td:first-child { text-align: left; }
-.range { display: block; color: #777; font-size: .85em; white-space: nowrap; }
-figure { margin: 1.5em 0 2.5em; }
-figure img { max-width: 100%; height: auto; }
-figcaption, .note { color: #555; font-size: .92em; max-width: 52em; }
-details { margin: 1em 0; }
-summary { cursor: pointer; }
-.warning { color: #a33; }
-"""
-
 
 def build(workdir: str | Path) -> Path:
     """Writes `report.html` and the PNG files into a run's directory; returns the page's path.
@@ -214,61 +142,46 @@ def build(workdir: str | Path) -> Path:
     """
     run = comparison.read(workdir)
     try:
-        from experiments import plots
+        from experiments import language_plots, plots
     except ImportError as error:
         raise UserError(
             "the report needs matplotlib; pip install 'jaxalign[report]', then "
             f"{COMMAND} {run.directory}"
         ) from error
+    language = of_language(run)
     pictures = {}
-    for name, figure in plots.figures(run):
+    for name, figure in (language_plots if language else plots).figures(run):
         pictures[name] = plots.png(figure)
         with replacing(run.directory / f"{name}.png") as temporary:
             temporary.write_bytes(pictures[name])
+    text = (language_report.page if language else page)(run, pictures)
     target = run.directory / "report.html"
     with replacing(target) as temporary:
-        temporary.write_text(page(run, pictures), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return target
 
 
+def of_language(run: Comparison) -> bool:
+    """Whether the run aligned a language model; else it is one of pictures.
+
+    The first kind says from which `source` its prompts come, the second which `world` is drawn.
+    """
+    return "source" in run.config
+
+
 def page(run: Comparison, pictures: Mapping[str, bytes]) -> str:
-    """The whole report as HTML that needs nothing else. pictures: PNG content by name."""
-    title = f"{run.env.get('experiment', 'run')} {run.env.get('preset', '')}".strip()
-    parts = [f"<h1>{_safe(title)}</h1>", _facts(run), "<h2>Final numbers</h2>", _final_table(run)]
-    parts += _difference_table(run)
+    """The whole report of a picture run as HTML. pictures: PNG content by name."""
+    world = ", ".join(f"{n} {run.config[n]}" for n in ("world", "reward") if n in run.config)
+    title = pages.title_of(run)
+    parts = [f"<h1>{pages.safe(title)}</h1>", pages.facts(run, world, run.unfinished())]
+    parts += ["<h2>Final numbers</h2>", _final_table(run)]
+    heads = [f"{REWARD}, {prompts}" for prompts in LISTS.values()]
+    parts += pages.difference_table(run.arms[0], heads, differences(run))
     for name, content in pictures.items():
-        parts.append(_figure(name, content))
+        parts.append(pages.figure(name, content, CAPTIONS[name]))
         if name == "prompts":
             parts.append(_prompt_tables(run))
-    body = "\n".join(parts)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_safe(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
-
-
-def _safe(text: Any) -> str:
-    return html.escape(str(text))
-
-
-def _facts(run: Comparison) -> str:
-    env = run.env
-    packages = ("python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = ", ".join(f"{name} {env[name]}" for name in packages if env.get(name))
-    device = (
-        f"{env.get('devices', '?')} x {env.get('device', '?')}, {env.get('cpus', '?')} processors"
-    )
-    seeds = ", ".join(map(str, run.seeds))
-    world = ", ".join(f"{n} {run.config[n]}" for n in ("world", "reward") if n in run.config)
-    lines = [f"<p>Made by <code>{_safe(env.get('command', 'an unknown command'))}</code></p>"]
-    facts = (world, f"seed{'s' if len(run.seeds) > 1 else ''} {seeds}", device, versions)
-    lines.append(f'<p class="note">{_safe("; ".join(fact for fact in facts if fact))}</p>')
-    if commit := env.get("commit"):
-        changed = ", with changes" if env.get("dirty") else ""
-        lines.append(f'<p class="note">Sources at {_safe(commit[:12])}{changed}</p>')
-    lines += [f'<p class="warning">Not finished: {_safe(what)}</p>' for what in run.unfinished()]
-    return "\n".join(lines)
+    return pages.document(title, parts)
 
 
 def _final_table(run: Comparison) -> str:
@@ -276,64 +189,21 @@ def _final_table(run: Comparison) -> str:
     quality = [i for i, column in enumerate(COLUMNS) if "/" in column.metric]
     cost = [i for i in range(len(COLUMNS)) if i not in quality]
     numbers = final_numbers(run)
-    tables = []
-    for shown in (quality, cost):
-        heads = [COLUMNS[i].head for i in shown]
-        spans = {head: heads.count(head) for head in heads}
-        top = "".join(f'<th colspan="{n}">{_safe(head)}</th>' for head, n in spans.items())
-        rows = [[name, *(_cell(row[i]) for i in shown)] for name, row in numbers.items()]
-        group = f'<tr class="group"><th></th>{top}</tr>'
-        tables.append(_html_table(["", *(COLUMNS[i].sub for i in shown)], rows, group))
-    several = f"Means over {len(run.seeds)} seeds with 95 % bootstrap intervals."
-    seeds = several if len(run.seeds) > 1 else "One seed, so no intervals."
-    quality_note = f"{seeds} All at the last checkpoint, which is not chosen by its numbers."
+    tables = [
+        pages.grouped_table(
+            [COLUMNS[i] for i in shown],
+            {name: [row[i] for i in shown] for name, row in numbers.items()},
+        )
+        for shown in (quality, cost)
+    ]
+    quality_note = (
+        f"{pages.seeds_note(run)} All at the last checkpoint, which is not chosen by its numbers."
+    )
     cost_note = (
         "Sum: network evaluations plus three for each trained pair (one picture at one step, "
         "forward and backward). Time: of the stages, compilation included, evaluations not."
     )
-    return tables[0] + _note(quality_note) + tables[1] + _note(cost_note)
-
-
-def _difference_table(run: Comparison) -> list[str]:
-    found = differences(run)
-    if not found:
-        return []
-    rows = [[f"{arm} - {run.arms[0]}", *map(_cell, estimates)] for arm, estimates in found.items()]
-    heads = ["", *(f"{REWARD}, {title}" for title in LISTS.values())]
-    note = "Paired by seed, with 95 % bootstrap intervals; one that spans 0 shows no difference."
-    return [f"<h2>Difference to {_safe(run.arms[0])}</h2>", _html_table(heads, rows), _note(note)]
-
-
-def _cell(estimate: Estimate) -> str:
-    mean, ends = _mean_and_range(estimate)
-    return mean + (f'<span class="range">{ends}</span>' if ends else "")
-
-
-def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], group: str = "") -> str:
-    """heads and first cells are text, the other cells HTML. group: a line above the heads."""
-    head = "".join(f"<th>{_safe(text)}</th>" for text in heads)
-    lines = [
-        f"<tr><td>{_safe(row[0])}</td>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    ]
-    return (
-        f'<div class="wide"><table>\n<thead>{group}<tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(lines)
-        + "\n</tbody></table></div>\n"
-    )
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{_safe(text)}</p>'
-
-
-def _figure(name: str, content: bytes) -> str:
-    inline = base64.b64encode(content).decode("ascii")
-    caption = _safe(CAPTIONS.get(name, name))
-    return (
-        f'<figure id="{_safe(name)}"><img alt="{caption}" src="data:image/png;base64,{inline}">\n'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return tables[0] + pages.note(quality_note) + tables[1] + pages.note(cost_note)
 
 
 def _prompt_tables(run: Comparison) -> str:
@@ -347,8 +217,8 @@ def _prompt_tables(run: Comparison) -> str:
             columns |= {arm: after} if after else {}
         rows = _prompt_rows(columns)
         heads = ["", *(f"{arm}{what}" for arm in columns for what in ("", ", success"))]
-        parts.append(f"<details><summary>{_safe(title.capitalize())}, one by one</summary>")
-        parts.append(_html_table(heads, rows) + "</details>")
+        parts.append(f"<details><summary>{pages.safe(title.capitalize())}, one by one</summary>")
+        parts.append(pages.html_table(heads, rows) + "</details>")
     return "\n".join(parts)
 
 
