@@ -1,11 +1,14 @@
-"""How fast a stage is, and beside what: `python -m experiments.bench rollout|update|stage`.
+"""How fast it is, and beside what: `python -m experiments.bench CASE`.
 
-Times the compiled program at the size of the `sprites` preset against the same algorithm as Python
-loops over compiled single steps (`bench_loops`) and, where torch is installed, against the same
-network and algorithm in torch (`bench_torch`), eager and compiled, at the threads and micro-batch
-that torch likes best. All are measured in turns in one process, so that a busy machine slows all
-of them alike. Weights are random: the time does not depend on them. One JSON line for each
-implementation on stdout, a table on stderr.
+    rollout, update, stage    B2-DiffuRL on pictures, here
+    decode, tail              responses of language models, in `bench_decode`
+    rlhf                      a whole PPO iteration on a language model, in `bench_rlhf`
+
+Here the compiled program at the size of the `sprites` preset is timed against the same algorithm as
+Python loops over compiled single steps (`bench_loops`) and, where torch is installed, against the
+same network and algorithm in torch (`bench_torch`), eager and compiled, at the threads and
+micro-batch that torch likes best. Weights are random: the time does not depend on them. One JSON
+line for each implementation on stdout, a table on stderr.
 
 What is counted:
   - `ratio`: seconds over those of `jaxalign` in the same turn, the median over turns;
@@ -21,27 +24,33 @@ What is counted:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
-import resource
 import statistics as stats
 import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli
+from experiments import bench_decode, bench_rlhf, cli
 from experiments.b2_diffurl import sprites
 from experiments.bench_loops import Batched, Loop, Pieces, Released
+from experiments.measuring import (
+    COMPILED,
+    Column,
+    Thunk,
+    Timing,
+    Variant,
+    fastest,
+    measure,
+    show,
+    summary,
+)
 from experiments.pictures import (
     ALPHAS,
     ARMS,
@@ -52,7 +61,6 @@ from experiments.pictures import (
     make_world,
 )
 from jaxalign.core import mesh as meshes
-from jaxalign.core.metrics import environment
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Params, UserError
 from jaxalign.data.world import World
@@ -61,7 +69,6 @@ from jaxalign.ops import diffusion
 from jaxalign.rollout.diffusion import Predict, guided
 
 Case = Literal["rollout", "update", "stage"]
-COMPILED = "jaxalign"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,22 +109,16 @@ def stage() -> Bench:
     return preset("stage")
 
 
-CASES = {"rollout": rollout, "update": update, "stage": stage}
+CASES = {
+    "rollout": rollout,
+    "update": update,
+    "stage": stage,
+    **bench_decode.CASES,
+    **bench_rlhf.CASES,
+}
 
 
 # --- what is timed -------------------------------------------------------------------------------
-
-# Works once, until all results are there, and returns them.
-Thunk = Callable[[], Any]
-
-
-class Variant(NamedTuple):
-    """An implementation. prepare: number of the run -> thunk; its own time does not count."""
-
-    name: str
-    prepare: Callable[[int], Thunk]
-    read_pairs: Callable[[Any], int]
-    note: str = ""
 
 
 class Problem(NamedTuple):
@@ -266,29 +267,18 @@ def torch_variants(problem: Problem, network: Network, case: Case) -> list[Varia
     threads = sorted({1, os.cpu_count() or 1})
     micro = (0,) if case == "rollout" else (0, 64, 128)
     settings = [Setting(t, m, False) for t in threads for m in micro]
-    eager, best = _fastest([(make("torch_eager", s), s) for s in settings])
+    eager, best = fastest([(make("torch_eager", s), s) for s in settings])
     chosen = [eager]
     try:
         # Compiling takes minutes: with the threads that were best, and the shapes fixed.
         settings = [
             best._replace(micro_batch=m, compiled=True) for m in micro if m or len(micro) == 1
         ]
-        chosen.append(_fastest([(make("torch_compiled", s), s) for s in settings])[0])
+        chosen.append(fastest([(make("torch_compiled", s), s) for s in settings])[0])
     except Exception as error:  # no compiler, or one that fails: say so and go on
         reason = str(error).strip().split("\n")[0]
         print(f"torch.compile failed: {type(error).__name__}: {reason}", file=sys.stderr)
     return chosen
-
-
-def _fastest(candidates: Sequence[tuple[Variant, Any]], trials: int = 3) -> tuple[Variant, Any]:
-    def trial(candidate: tuple[Variant, Any]) -> float:
-        variant, setting = candidate
-        variant.prepare(0)()  # compiles
-        seconds = min(_timed(variant.prepare(i + 1))[0].seconds for i in range(trials))
-        say(f"tried {variant.name}, {setting}: {seconds:.3f} s")
-        return seconds
-
-    return min(candidates, key=trial)
 
 
 def torch_variant(
@@ -338,76 +328,7 @@ def torch_variant(
     return Variant(name, prepare, read, str(setting))
 
 
-# --- measuring -----------------------------------------------------------------------------------
-
-
-class Spent(NamedTuple):
-    """seconds: by the clock. cpu: of all threads, which a busy machine changes less."""
-
-    seconds: float
-    cpu: float
-
-
-class Timing(NamedTuple):
-    """first: seconds of the first run. spent, pairs: of each repeat. memory: peak bytes."""
-
-    first: float
-    spent: list[Spent]
-    pairs: list[int]
-    memory: int
-
-
-def say(what: str) -> None:
-    """What goes on, over the last such line, where somebody looks at the screen."""
-    if sys.stderr.isatty() or os.environ.get("JAXALIGN_PROGRESS") == "on":
-        end = "\r" if sys.stderr.isatty() else "\n"
-        print(f"{what:<70}", end=end, file=sys.stderr, flush=True)
-
-
-def _timed(thunk: Thunk) -> tuple[Spent, Any]:
-    begin, used = time.perf_counter(), time.process_time()
-    result = thunk()
-    return Spent(time.perf_counter() - begin, time.process_time() - used), result
-
-
-def measure(variants: Sequence[Variant], repeats: int) -> dict[str, Timing]:
-    """Every variant once to compile, then all in turns, each turn beginning with another one."""
-    timings: dict[str, Timing] = {}
-    for variant in variants:
-        say(f"first run: {variant.name}")
-        first, _ = _timed(variant.prepare(0))
-        timings[variant.name] = Timing(first.seconds, [], [], 0)
-    for run in range(repeats):
-        say(f"turn {run + 1} of {repeats}")
-        begin = run % len(variants)
-        for variant in [*variants[begin:], *variants[:begin]]:
-            thunk = variant.prepare(run + 1)
-            reset_peak_memory()
-            spent, result = _timed(thunk)
-            timing = timings[variant.name]
-            timing.spent.append(spent)
-            timing.pairs.append(variant.read_pairs(result))
-            timings[variant.name] = timing._replace(memory=max(timing.memory, peak_memory()))
-    return timings
-
-
-def reset_peak_memory() -> None:
-    """Linux forgets the process's peak when asked to; elsewhere it stays that of the whole run."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Peak bytes of the device where it counts them, else of the process."""
-    device = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in device:
-        return device["peak_bytes_in_use"]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+# --- what is reported ----------------------------------------------------------------------------
 
 
 def forward_flops(network: Network, shape: tuple[int, ...], patch: int, words: int) -> int:
@@ -432,10 +353,8 @@ def describe(
     bench: Bench, problem: Problem, variant: Variant, timings: dict[str, Timing]
 ) -> dict[str, Any]:
     """One line of the output."""
-    config, timing, ours = problem.config, timings[variant.name], timings[COMPILED]
-    runs = [spent.seconds for spent in timing.spent]
-    seconds, pairs = stats.median(runs), stats.median(timing.pairs)
-    low, high = np.quantile(runs, [0.1, 0.9])
+    config, timing = problem.config, timings[variant.name]
+    seconds, pairs = timing.median, stats.median(timing.counts)
     guidance = 1 if config.guidance == 1 else 2
     sampled, trained = 0 if bench.case == "update" else sampled_rows(config), guidance * pairs
     world = problem.world
@@ -443,74 +362,34 @@ def describe(
     # With adapters the gradients of the base's own products are spared: no formula here knows them.
     passes = 4 if config.kl_weight else 3
     flops = None if config.lora_rank else forward * (sampled + passes * trained)
-    turns = list(zip(timing.spent, ours.spent, strict=True))
     return {
         "case": bench.case,
         "implementation": variant.name,
         "note": variant.note,
-        "median_seconds": seconds,
-        "p10_seconds": float(low),
-        "p90_seconds": float(high),
-        "ratio": stats.median(theirs.seconds / own.seconds for theirs, own in turns),
-        "cpu_seconds": stats.median(spent.cpu for spent in timing.spent),
-        "cpu_ratio": stats.median(theirs.cpu / own.cpu for theirs, own in turns),
-        "compile_seconds": max(timing.first - seconds, 0.0),
+        **summary(timings, variant.name),
         "images_per_second": config.groups * config.leaves / seconds,
         "network_evaluations_per_second": (sampled + trained) / seconds,
         "flops": flops,
         "flops_per_second": None if flops is None else flops / seconds,
         "trained_pairs": pairs,
-        "peak_memory_bytes": timing.memory,
-        "repeats": bench.repeats,
     }
 
 
-def versions() -> dict[str, Any]:
-    """The environment, flat, with torch's version where it takes part."""
-    known = environment()
-    if "torch" in sys.modules:
-        known["torch"] = sys.modules["torch"].__version__
-    load = os.getloadavg() if hasattr(os, "getloadavg") else (float("nan"),)
-    return {**known, "load": round(load[0], 2)}
-
-
 COLUMNS = {
-    "implementation": ("implementation", "{}"),
-    "median s": ("median_seconds", "{:.4f}"),
-    "p10": ("p10_seconds", "{:.4f}"),
-    "p90": ("p90_seconds", "{:.4f}"),
-    "ratio": ("ratio", "{:.2f}"),
-    "cpu s": ("cpu_seconds", "{:.4f}"),
-    "cpu ratio": ("cpu_ratio", "{:.2f}"),
-    "compile s": ("compile_seconds", "{:.1f}"),
-    "images/s": ("images_per_second", "{:.0f}"),
-    "rows/s": ("network_evaluations_per_second", "{:.0f}"),
-    "GFLOP/s": ("flops_per_second", "{:.1f}"),
-    "peak MB": ("peak_memory_bytes", "{:.0f}"),
-    "": ("note", "{}"),
+    "implementation": Column("implementation"),
+    "median s": Column("median_seconds", "{:.4f}"),
+    "p10": Column("p10_seconds", "{:.4f}"),
+    "p90": Column("p90_seconds", "{:.4f}"),
+    "ratio": Column("ratio", "{:.2f}"),
+    "cpu s": Column("cpu_seconds", "{:.4f}"),
+    "cpu ratio": Column("cpu_ratio", "{:.2f}"),
+    "compile s": Column("compile_seconds", "{:.1f}"),
+    "images/s": Column("images_per_second", "{:.0f}"),
+    "rows/s": Column("network_evaluations_per_second", "{:.0f}"),
+    "GFLOP/s": Column("flops_per_second", "{:.1f}", 1e9),
+    "peak MB": Column("peak_memory_bytes", "{:.0f}", 1e6),
+    "": Column("note"),
 }
-UNITS = {"flops_per_second": 1e9, "peak_memory_bytes": 1e6}
-
-
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines side by side; ratio: time over that of `jaxalign` in the same turn."""
-
-    def cell(line: dict[str, Any], field: str, form: str) -> str:
-        value = line[field]
-        if value is None:
-            return "-"
-        return form.format(value / UNITS[field] if field in UNITS else value)
-
-    rows = [[*COLUMNS], *([cell(line, *column) for column in COLUMNS.values()] for line in lines)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    aligned = (
-        [
-            w.ljust(n) if i in (0, len(widths) - 1) else w.rjust(n)
-            for i, (w, n) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in rows
-    )
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def run(bench: Bench) -> list[dict[str, Any]]:
@@ -524,12 +403,8 @@ def run(bench: Bench) -> list[dict[str, Any]]:
     elif bench.torch:
         print("torch is not installed: not compared with", file=sys.stderr)
     timings = measure(variants, bench.repeats)
-    known = versions()
     lines = [describe(bench, problem, variant, timings) for variant in variants]
-    for line in lines:
-        print(json.dumps({**line, **known}), flush=True)
-    say("")
-    print(table(lines), file=sys.stderr, flush=True)
+    show(lines, COLUMNS)
     return lines
 
 
@@ -546,7 +421,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.use_all_cores()
         # A program out of the cache would show no compile time.
         jax.config.update("jax_enable_compilation_cache", False)
-        run(asked.config)
+        {Bench: run, bench_decode.Bench: bench_decode.run, bench_rlhf.Bench: bench_rlhf.run}[
+            type(asked.config)
+        ](asked.config)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,12 @@ import dataclasses
 import functools
 import gc
 import importlib.util
-import json
 import logging
 import os
 import statistics as stats
 import sys
 import tempfile
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,7 +35,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import COMPILED, Thunk, Timing, Variant, measure, say, versions
+from experiments.measuring import (
+    COMPILED,
+    Column,
+    Thunk,
+    Timing,
+    Variant,
+    fastest,
+    measure,
+    show,
+    summary,
+)
 from jaxalign.core.types import Array, LanguageModel, Params, UserError
 from jaxalign.models import folders, gpt2, llama
 from jaxalign.ops.sampling import Sampling
@@ -184,9 +192,8 @@ def copying() -> Variant:
     return Variant("copy", lambda turn: lambda: jax.block_until_ready(add(source)), lambda _: 0)
 
 
-@contextlib.contextmanager
-def transformers_variants(bench: Bench, problem: Problem) -> Generator[list[Variant]]:
-    """`generate` for all new tokens and for one, at the number of threads that is fastest."""
+def in_transformers(config: folders.Config, params: Params) -> Any:
+    """The same network with the same weights in transformers, by way of a folder."""
     import torch
     import transformers
 
@@ -194,31 +201,26 @@ def transformers_variants(bench: Bench, problem: Problem) -> Generator[list[Vari
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
-        folders.save(path, problem.config, problem.params)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        folders.save(path, config, params)
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@contextlib.contextmanager
+def transformers_variants(bench: Bench, problem: Problem) -> Generator[list[Variant]]:
+    """`generate` for all new tokens and for one, at the number of threads that is fastest."""
+    import torch
+    import transformers
+
+    model = in_transformers(problem.config, problem.params)
     before = torch.get_num_threads()
     make = functools.partial(_theirs, torch, transformers, model, problem)
-
-    def trial(threads: int) -> float:
-        thunk = make(bench.length, threads, "transformers").prepare(0)
-        say(f"trying transformers with {threads} threads")
-        return min(_seconds(thunk) for _ in range(3))
-
+    choices = sorted({1, os.cpu_count() or 1})
     try:
-        threads = min(sorted({1, os.cpu_count() or 1}), key=trial)
-        yield [
-            make(bench.length, threads, "transformers"),
-            make(1, threads, "transformers_prefill"),
-        ]
+        whole, threads = fastest([(make(bench.length, n, "transformers"), n) for n in choices])
+        yield [whole, make(1, threads, "transformers_prefill")]
     finally:
         torch.set_num_threads(before)
         gc.collect()
-
-
-def _seconds(thunk: Thunk) -> float:
-    begin = time.perf_counter()
-    thunk()
-    return time.perf_counter() - begin
 
 
 def _theirs(
@@ -278,35 +280,22 @@ def step_bytes(problem: Problem) -> float:
     return total - unread + slot * (prompt + float(problem.ends.mean()) / 2)
 
 
-def median(timing: Timing) -> float:
-    """Seconds of the median turn."""
-    return stats.median(spent.seconds for spent in timing.spent)
-
-
 def describe(
     bench: Bench, problem: Problem, name: str, note: str, timings: dict[str, Timing]
 ) -> dict[str, Any]:
     """One line of the output."""
-    timing, base = timings[name], timings[COMPILED]
-    runs = [spent.seconds for spent in timing.spent]
-    seconds, prefill = median(timing), median(timings[_prefill_of(name)])
-    low, high = np.quantile(runs, [0.1, 0.9])
-    turns = list(zip(timing.spent, base.spent, strict=True))
+    seconds, tokens = timings[name].median, stats.median(timings[name].counts)
+    prefill = timings[_prefill_of(name)].median
     step = (seconds - prefill) / (bench.length - 1)
-    bandwidth = 2 * COPIED_BYTES / median(timings["copy"])
+    bandwidth = 2 * COPIED_BYTES / timings["copy"].median
     return {
         "case": bench.case,
         "model": problem.family,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(problem.params)),
         "implementation": name,
         "note": note,
-        "median_seconds": seconds,
-        "p10_seconds": float(low),
-        "p90_seconds": float(high),
-        "ratio": stats.median(theirs.seconds / own.seconds for theirs, own in turns),
-        "cpu_ratio": stats.median(theirs.cpu / own.cpu for theirs, own in turns),
-        "compile_seconds": max(timing.first - seconds, 0.0),
-        "tokens_per_second": stats.median(timing.pairs) / seconds,
+        **summary(timings, name),
+        "tokens_per_second": tokens / seconds,
         "prefill_seconds": prefill,
         "step_seconds": step,
         "bandwidth_bytes_per_second": bandwidth,
@@ -317,8 +306,7 @@ def describe(
         "rows": bench.rows,
         "prompt": bench.prompt,
         "length": bench.length,
-        "new_tokens": stats.median(timing.pairs),
-        "repeats": bench.repeats,
+        "new_tokens": tokens,
     }
 
 
@@ -327,32 +315,18 @@ def _prefill_of(name: str) -> str:
 
 
 COLUMNS = {
-    "model": "{model}",
-    "implementation": "{implementation}",
-    "median s": "{median_seconds:.4f}",
-    "ratio": "{ratio:.2f}",
-    "cpu ratio": "{cpu_ratio:.2f}",
-    "tokens/s": "{tokens_per_second:.0f}",
-    "prefill s": "{prefill_seconds:.4f}",
-    "step s": "{step_seconds:.5f}",
-    "of bandwidth": "{bandwidth_share}",
-    "compile s": "{compile_seconds:.1f}",
-    "": "{note}",
+    "model": Column("model"),
+    "implementation": Column("implementation"),
+    "median s": Column("median_seconds", "{:.4f}"),
+    "ratio": Column("ratio", "{:.2f}"),
+    "cpu ratio": Column("cpu_ratio", "{:.2f}"),
+    "tokens/s": Column("tokens_per_second", "{:.0f}"),
+    "prefill s": Column("prefill_seconds", "{:.4f}"),
+    "step s": Column("step_seconds", "{:.5f}"),
+    "of bandwidth": Column("bandwidth_share", "{:.0%}"),
+    "compile s": Column("compile_seconds", "{:.1f}"),
+    "": Column("note"),
 }
-
-
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines side by side."""
-    rows = [[*COLUMNS]]
-    for line in lines:
-        share = line["bandwidth_share"]
-        line = line | {"bandwidth_share": "-" if share is None else f"{share:.0%}"}
-        rows.append([form.format(**line) for form in COLUMNS.values()])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
 
 
 def run_family(bench: Bench, family: Family) -> list[dict[str, Any]]:
@@ -375,9 +349,5 @@ def run_family(bench: Bench, family: Family) -> list[dict[str, Any]]:
 def run(bench: Bench) -> list[dict[str, Any]]:
     """Measures and prints; returns the lines."""
     lines = [line for family in bench.families for line in run_family(bench, family)]
-    known = versions()
-    for line in lines:
-        print(json.dumps({**line, **known}), flush=True)
-    say("")
-    print(table(lines), file=sys.stderr, flush=True)
+    show(lines, COLUMNS)
     return lines

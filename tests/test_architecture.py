@@ -34,8 +34,8 @@ ALLOWED = {
 # Outside packages that only some files may import.
 CONFINED = {
     "flax.linen": ["jaxalign/models/"],
-    "torch": ["experiments/bench.py", "experiments/bench_torch.py"],
-    "transformers": ["jaxalign/models/", "jaxalign/data/"],
+    "torch": ["experiments/bench"],
+    "transformers": ["jaxalign/models/", "jaxalign/data/", "experiments/bench"],
     "diffusers": ["jaxalign/models/", "jaxalign/data/"],
 }
 
@@ -45,7 +45,11 @@ LAZY = [
     *("torch", "transformers", "wandb"),
 ]
 # These are themselves imported where they are used.
-MAY_IMPORT = {"experiments/plots.py": "matplotlib", "experiments/bench_torch.py": "torch"}
+MAY_IMPORT = {
+    "experiments/plots.py": "matplotlib",
+    "experiments/bench_torch.py": "torch",
+    "experiments/bench_rlhf_torch.py": "torch",
+}
 
 MODULE_LINES, FUNCTION_LINES = 450, 60
 LONGER_MODULES = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench
+from experiments import bench, measuring
 from experiments.bench_loops import Batched, Pieces, Released
 from experiments.pictures import Network
 from jaxalign.core.types import UserError
@@ -159,8 +159,8 @@ def test_flops_are_those_of_the_compiled_network(problem):
 
 def test_measure_takes_turns_and_leaves_preparation_out(monkeypatch):
     clock, turns = [0.0], []
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(bench.time, "process_time", lambda: 2 * clock[0])
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measuring.time, "process_time", lambda: 2 * clock[0])
 
     def variant(name, seconds):
         def prepare(run):
@@ -173,22 +173,22 @@ def test_measure_takes_turns_and_leaves_preparation_out(monkeypatch):
 
             return thunk
 
-        return bench.Variant(name, prepare, lambda result: 10 * result)
+        return measuring.Variant(name, prepare, lambda result: 10 * result)
 
-    timings = bench.measure([variant("a", 1.0), variant("b", 3.0)], 3)
+    timings = measuring.measure([variant("a", 1.0), variant("b", 3.0)], 3)
     assert turns[2:] == [(1, "a"), (1, "b"), (2, "b"), (2, "a"), (3, "a"), (3, "b")]
     assert timings["a"].first == pytest.approx(8.0)
     assert np.asarray(timings["a"].spent) == pytest.approx(np.array([[1.0, 2.0]] * 3))
     assert np.asarray(timings["b"].spent) == pytest.approx(np.array([[3.0, 6.0]] * 3))
-    assert timings["b"].pairs == [10, 20, 30]
+    assert timings["b"].counts == [10, 20, 30]
     assert timings["a"].memory > 1e6
 
 
 def test_peak_memory_sees_a_large_array():
-    bench.reset_peak_memory()
-    before = bench.peak_memory()
+    measuring.reset_peak_memory()
+    before = measuring.peak_memory()
     np.ones(25_000_000)
-    assert bench.peak_memory() - before > 1e8
+    assert measuring.peak_memory() - before > 1e8
 
 
 def test_every_case_runs_in_every_implementation(problem):
@@ -197,7 +197,7 @@ def test_every_case_runs_in_every_implementation(problem):
         variants = [bench.compiled_variant(problem, case), *bench.loop_variants(problem, case)]
         names = [variant.name for variant in variants]
         assert names == ["jaxalign", "loop_released", "loop_16_rows", "loop_batched"]
-        pairs = [variant.read_pairs(variant.prepare(1)()) for variant in variants]
+        pairs = [variant.count(variant.prepare(1)()) for variant in variants]
         assert (min(pairs) > 0) == (case != "rollout")
         assert pairs[0] == pairs[3]
         assert case != "update" or len(set(pairs)) == 1  # all select from the same pictures
