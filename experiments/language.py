@@ -30,6 +30,7 @@ from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, Params, PyTree, UserError
 from jaxalign.data.preferences import Prompts, Responses
 from jaxalign.methods import r3hf, reward_model, supervised
+from jaxalign.models import folders
 from jaxalign.models.scalar_head import ScalarModel, attach_head, with_scalar_head
 from jaxalign.ops import redistribution as rd
 from jaxalign.ops.sampling import Sampling
@@ -369,8 +370,9 @@ def train_arm(
     reward = lab.calibrated if ARMS[arm].calibrated and lab.calibrated else lab.reward
     task = r3hf.Task(jax.tree.map(jnp.asarray, problem.prompts), reward, problem.gold_params)
     state = r3hf.set_rates(start_state(lab, config, arm), r3.policy_rate, r3.critic_rate)
-    given = (state, task, jax.random.key(config.seed))
-    state, task, key = jax.device_put(given, meshes.replicated(lab.mesh))
+    state = jax.device_put(state, meshes.shardings(state, lab.mesh, problem.rules))
+    given = (task, jax.random.key(config.seed))
+    task, key = jax.device_put(given, meshes.replicated(lab.mesh))
     # The rates live in the optimizer's state: one compiled iteration serves all of a sweep.
     any_rate = dataclasses.replace(r3, policy_rate=1.0, critic_rate=1.0, iterations=1)
     rows = meshes.batch_sharding(lab.mesh)
@@ -386,7 +388,7 @@ def train_arm(
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Checkpoints(directory / "ckpt")) as checkpoints:
         opened = sinks.open_sinks(config, directory, arm)
-        fit(
+        state = fit(
             state,
             iteration,
             lambda i: task,
@@ -404,10 +406,18 @@ def train_arm(
         )
         for sink in opened:
             sink.close()
+    save_policy(lab, config, state, directory / "policy")
     rows = sinks.read_json_lines(directory / "metrics.jsonl")
     result = {name: value for name, value in rows[-1].items() if name != "step"}
     sinks.write_json(directory / "result.json", {"arm": arm, "seed": config.seed, **result})
     return result
+
+
+def save_policy(lab: Lab, config: Experiment, state: TrainState, path: Path) -> None:
+    """The policy as a Hugging Face folder, with the tokenizer of the model that it came from."""
+    if not path.exists():  # a finished arm that is resumed has it
+        source = config.source.model or None
+        folders.save(path, lab.problem.config, state.params["policy"], source=source)
 
 
 def save_samples(lab: Lab, shown: Shown, directory: Path, when: str, count: int = 12) -> None:

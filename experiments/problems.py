@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.core.mesh import Rules
 from jaxalign.core.types import Array, LanguageModel, Params, PyTree, UserError
 from jaxalign.data import preferences
 from jaxalign.data.preferences import Pairs, PreferenceWorld, Prompts, Responses
 from jaxalign.methods.r3hf import Decoding, Gold, Scores
-from jaxalign.models import gpt2
+from jaxalign.models import folders, gpt2, llama
 from jaxalign.ops import redistribution as rd
 
 Name = Literal["synthetic", "text", "nectar", "tldr", "saferlhf"]
@@ -64,6 +65,7 @@ class Problem(NamedTuple):
     """All that a run reads.
 
     model, init: the language model, and `key -> params` to start fine-tuning from.
+    config: its sizes, as a folder is written from them. rules: how its parameters are sharded.
     prompts, heldout: `[N, P]`. demonstrations: None where the model is used as it is.
     pairs, test_pairs: to train the reward model and to test it. cost_pairs: of a second one.
     gold: `(gold_params, ids, mask) -> [B]`, the true score, 0 where nobody knows it.
@@ -73,6 +75,8 @@ class Problem(NamedTuple):
     name: str
     model: LanguageModel
     init: Callable[[Array], Params]
+    config: gpt2.Config | llama.Config
+    rules: Rules
     decoding: Decoding
     prompts: Prompts
     heldout: Prompts
@@ -152,6 +156,8 @@ def _ours(source: Source) -> Problem:
         world.name,
         model,
         model.init,
+        sizes,
+        gpt2.RULES,
         Decoding(world.response_length, (world.stop,), world.pad),
         world.prompts(keys[0], source.prompts),
         world.heldout(keys[1], source.prompts),
@@ -171,9 +177,9 @@ def _ours(source: Source) -> Problem:
 
 def _real(source: Source) -> Problem:
     from jaxalign.data import preference_sets
-    from jaxalign.models import folders
 
     model, params = folders.load(source.model)
+    config = folders.read_config(source.model)
     tokenizer = folders.tokenizer(source.model)
     read = functools.partial(
         preference_sets.load,
@@ -201,6 +207,8 @@ def _real(source: Source) -> Problem:
         source.name,
         model,
         lambda key: params,
+        config,
+        gpt2.RULES if isinstance(config, gpt2.Config) else llama.RULES,
         Decoding(source.response, (tokenizer.eos_token_id,), tokenizer.pad_token_id or 0),
         _prompts_of(train, source.prompt),
         _prompts_of(test, source.prompt),
