@@ -95,8 +95,9 @@ CSS = """
 .heat { margin: 1.2em 0 1.8em; }
 .heat p { margin: 0 0 .3em; }
 .heat td { vertical-align: top; }
+.heat th:nth-child(2) { text-align: left; }
 .heat td.words { text-align: left; line-height: 1.9; width: 100%; }
-.word { padding: .12em .3em; border: 1px solid #ddd; border-radius: 3px;
+.word { padding: .12em .3em; border: 1px solid #ddd; border-radius: 3px; white-space: nowrap;
   font-family: ui-monospace, monospace; font-size: .95em; }
 .scale { display: inline-block; width: 14em; height: .9em; border: 1px solid #ddd;
   vertical-align: middle; margin: 0 .5em; }
