@@ -126,13 +126,8 @@ def judge_nothing(params: Params, ids: Array, mask: Array) -> Array:
 
 
 def compiled_variants(problem: Problem) -> list[Variant]:
-    """The iteration as a run uses it, on all devices and with the state donated; and its sampling.
-
-    Raises: UserError where the responses cannot be spread over the devices.
-    """
+    """The iteration as a run uses it, on all devices, the state donated; and its sampling."""
     config, parts, mesh = problem.config, problem.parts, meshes.make_mesh()
-    part = config.rollouts // (config.minibatches * config.micro_batches)
-    meshes.check_divisible("r3hf.rollouts / (minibatches * micro_batches) =", part, mesh)
     rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
     given = jax.device_put((problem.state, problem.task), everywhere)
     iteration = r3hf.make_iteration(parts, config, rows)
@@ -244,7 +239,13 @@ COLUMNS = {
 
 
 def run(bench: Bench) -> list[dict[str, Any]]:
-    """Measures and prints; returns the lines."""
+    """Measures and prints; returns the lines.
+
+    Raises: UserError where the responses cannot be spread over the devices.
+    """
+    part = bench.r3hf.rollouts // (bench.r3hf.minibatches * bench.r3hf.micro_batches)
+    what = "r3hf.rollouts / (minibatches * micro_batches) ="
+    meshes.check_divisible(what, part, meshes.make_mesh())
     problem = make_problem(bench)
     pairs: list[Sequence[Variant]] = [compiled_variants(problem)]
     if bench.torch and importlib.util.find_spec("torch"):

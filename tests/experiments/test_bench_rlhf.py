@@ -25,8 +25,13 @@ def problem() -> bench_rlhf.Problem:
     return bench_rlhf.make_problem(TINY)
 
 
-def test_what_is_timed_is_a_whole_iteration_and_its_sampling(problem):
-    whole, alone = bench_rlhf.compiled_variants(problem)
+@pytest.fixture(scope="module")
+def variants(problem) -> list[bench_rlhf.Variant]:
+    return bench_rlhf.compiled_variants(problem)
+
+
+def test_what_is_timed_is_a_whole_iteration_and_its_sampling(problem, variants):
+    whole, alone = variants
     result = whole.prepare(3)()
     before, (state, metrics) = problem.state, jax.device_get(result)
     for part in ("policy", "critic"):
@@ -40,7 +45,8 @@ def test_what_is_timed_is_a_whole_iteration_and_its_sampling(problem):
     assert set(np.asarray(decoded.stopped)) == {True, False}
 
 
-def test_a_line_of_json(capsys):
+def test_a_line_of_json(variants, monkeypatch, capsys):
+    monkeypatch.setattr(bench_rlhf, "compiled_variants", lambda _: variants)  # compiled already
     (line,) = bench_rlhf.run(TINY)
     shown = capsys.readouterr()
     printed = json.loads(shown.out)
@@ -75,7 +81,7 @@ def test_ratios_are_those_of_the_turns(problem):
     [
         (["rlhf", "--prompts", "0"], "prompts = 0"),
         (["rlhf", "--vocabulary", "2"], "vocabulary = 2"),
-        (["rlhf", "--r3hf.rollouts", "20", "--width", "16", "--depth", "1"], "multiple of 8"),
+        (["rlhf", "--r3hf.rollouts", "20"], "multiple of 8"),
         (["decode", "--rows", "0"], "rows = 0"),
         (["rlfh"], "did you mean rlhf?"),
     ],
