@@ -508,7 +508,7 @@ def small(**changes: Any) -> b2_diffurl.Config:
         suffix_stop=10,
         epochs=1,
         updates=4,
-        micro_batch=48,  # the fastest of 24 to 128 on two cores
+        micro_batch=96,  # the fastest of 24 to 192 on two cores
         step_weight="drop_last",
         kl_weight=0.02,
         learning_rate=4e-4,

@@ -41,8 +41,8 @@ CONFINED = {
 
 # Outside packages that come with an extra or import slowly: never at the top of a module.
 LAZY = [
-    *("diffusers", "matplotlib", "mlxtend", "mujoco", "ogbench", "sklearn", "tensorboardX"),
-    *("torch", "transformers", "wandb"),
+    *("datasets", "diffusers", "matplotlib", "mlxtend", "mujoco", "ogbench", "sklearn"),
+    *("tensorboardX", "tokenizers", "torch", "transformers", "wandb"),
 ]
 # These are themselves imported where they are used.
 MAY_IMPORT = {

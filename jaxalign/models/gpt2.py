@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxalign.core.types import Array, LanguageModel, UserError
 from jaxalign.models import attention, hub
 from jaxalign.models.attention import Cache, KeyValue
+from jaxalign.models.dense import Dense
 
 # Matrices over `fsdp` and, by heads and by hidden units, over `tensor`. The vocabulary of the
 # released models, 50,257, has no small divisor: the table is cut along its width.
@@ -68,14 +69,14 @@ class Attention(nn.Module):
         width, heads = self.config.width, self.config.heads
         init = nn.initializers.normal(0.02)
         q, k, v = (
-            nn.Dense(width, dtype=self.dtype, kernel_init=init, name=name)(x).reshape(
+            Dense(width, dtype=self.dtype, kernel_init=init, name=name)(x).reshape(
                 *x.shape[:2], heads, -1
             )
             for name in ("query", "key", "value")
         )
         out, cache = attention.attend(q, k, v, visible, cache, index)
         small = nn.initializers.normal(0.02 / (2 * self.config.depth) ** 0.5)
-        out = nn.Dense(width, dtype=self.dtype, kernel_init=small, name="out")(out.reshape(x.shape))
+        out = Dense(width, dtype=self.dtype, kernel_init=small, name="out")(out.reshape(x.shape))
         return out, cache
 
 
@@ -95,10 +96,10 @@ class Block(nn.Module):
         x = x + h
         h = _norm(config, dtype, "norm_mlp")(x)
         init = nn.initializers.normal(0.02)
-        h = nn.Dense(config.inner, dtype=dtype, kernel_init=init, name="up")(h)
+        h = Dense(config.inner, dtype=dtype, kernel_init=init, name="up")(h)
         h = nn.gelu(h, approximate=True)
         small = nn.initializers.normal(0.02 / (2 * config.depth) ** 0.5)
-        return x + nn.Dense(config.width, dtype=dtype, kernel_init=small, name="down")(h), cache
+        return x + Dense(config.width, dtype=dtype, kernel_init=small, name="down")(h), cache
 
 
 def _norm(config: Config, dtype: DTypeLike, name: str) -> nn.LayerNorm:

@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxalign.core.types import Array, LanguageModel, UserError
 from jaxalign.models import attention, hub
 from jaxalign.models.attention import Cache, KeyValue
+from jaxalign.models.dense import Dense
 
 # Matrices over `fsdp` and, by heads, hidden units and vocabulary, over `tensor`.
 RULES = (
@@ -100,9 +101,9 @@ def rotate(x: Array, position: Array, frequency: np.ndarray) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _dense(features: int, dtype: DTypeLike, name: str, *, bias: bool = False) -> nn.Dense:
+def _dense(features: int, dtype: DTypeLike, name: str, *, bias: bool = False) -> Dense:
     init = nn.initializers.normal(0.02)
-    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+    return Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
 
 
 class Attention(nn.Module):

@@ -304,6 +304,8 @@ def test_the_tokenizer_comes_along(copy, tmp_path):
     again = folders.tokenizer(tmp_path / "out")
     assert again("w3 w28")["input_ids"] == [3, 28]
     assert again.chat_template == tokenizer.chat_template == CHAT
+    said = again.apply_chat_template([{"role": "user", "content": "w3"}], tokenize=False)
+    assert "w3" in said
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["eos_token_id"] == 5 and values["pad_token_id"] == 0
 
