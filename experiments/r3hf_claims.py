@@ -120,13 +120,14 @@ def chosen_rates(root: Path, claims: Claims) -> dict[str, Rates]:
     return {arm: max(by, key=lambda rates: by[rates]) for arm, by in areas.items()}
 
 
-def final_jobs(root: Path, claims: Claims, rates: Mapping[str, Rates]) -> Iterator[Job]:
+def final_jobs(
+    root: Path, claims: Claims, rates: Mapping[str, Rates], setting: str
+) -> Iterator[Job]:
     """Seed by seed, so that a run that is cut short has complete comparisons of fewer seeds."""
-    for setting in claims.settings:
-        for seed in range(claims.seed, claims.seed + claims.repeats):
-            for arm in SETTINGS[setting].arms:
-                folder = root / setting / f"seed-{seed}" / arm
-                yield Job(setting, arm, rates[arm], seed, seed % claims.bases, folder)
+    for seed in range(claims.seed, claims.seed + claims.repeats):
+        for arm in SETTINGS[setting].arms:
+            folder = root / setting / f"seed-{seed}" / arm
+            yield Job(setting, arm, rates[arm], seed, seed % claims.bases, folder)
 
 
 def experiment(job: Job) -> Experiment:
@@ -190,12 +191,11 @@ def run_base(base: BaseJob) -> BaseJob:
     return base
 
 
-def base_jobs(root: Path, claims: Claims) -> Iterator[BaseJob]:
-    """One for each length and data set, and the one that rates are tuned on."""
-    for setting in claims.settings:
-        for base in range(claims.bases + (setting == TUNED_ON)):
-            folder = root / "bases" / f"{setting}-{base}"
-            yield BaseJob(Job(setting, "calibrated", Rates(1.0, 1.0), 0, base, folder), folder)
+def base_jobs(root: Path, claims: Claims, setting: str) -> Iterator[BaseJob]:
+    """One for each data set of a length, and where rates are tuned one more for that."""
+    for base in range(claims.bases + (setting == TUNED_ON)):
+        folder = root / "bases" / f"{setting}-{base}"
+        yield BaseJob(Job(setting, "calibrated", Rates(1.0, 1.0), 0, base, folder), folder)
 
 
 def describe(root: Path, claims: Claims, rates: Mapping[str, Rates]) -> None:
@@ -205,18 +205,26 @@ def describe(root: Path, claims: Claims, rates: Mapping[str, Rates]) -> None:
         "command": "python -m experiments.r3hf claims",
         **metrics.environment(),
     }
-    for job in filter(is_done, final_jobs(root, claims, rates)):
-        folder = job.directory.parent
-        metrics.write_json(folder / "config.json", dataclasses.asdict(experiment(job)))
-        metrics.write_json(folder / "env.json", env)
+    for setting in claims.settings:
+        for job in filter(is_done, final_jobs(root, claims, rates, setting)):
+            folder = job.directory.parent
+            metrics.write_json(folder / "config.json", dataclasses.asdict(experiment(job)))
+            metrics.write_json(folder / "env.json", env)
 
 
 def run(root: Path, claims: Claims) -> Path:
     """Trains bases, tunes, runs; everything under `root`. Returns the tables for RESULTS.md."""
-    run_jobs(list(base_jobs(root, claims)), run_base, claims.workers, "bases")
+
+    def prepare(setting: str) -> None:
+        run_jobs(list(base_jobs(root, claims, setting)), run_base, claims.workers, "bases")
+
+    prepare(TUNED_ON)
     run_jobs(list(tuning_jobs(root, claims)), run_job, claims.workers, "tuning")
     rates = chosen_rates(root, claims)
-    run_jobs(list(final_jobs(root, claims, rates)), run_job, claims.workers, "runs")
+    for setting in claims.settings:
+        prepare(setting)
+        jobs = list(final_jobs(root, claims, rates, setting))
+        run_jobs(jobs, run_job, claims.workers, setting)
     return write_tables(root, claims, rates)
 
 

@@ -201,7 +201,7 @@ def test_leave_one_out_has_no_critic_to_tune(tmp_path):
 def test_final_seeds_are_not_those_of_tuning_and_share_the_bases(tmp_path):
     claims = r3hf_claims.Claims(settings=("medium",), repeats=4)
     rates = dict.fromkeys(r3hf_claims.MAIN, r3hf_claims.Rates(1.0, 1.0))
-    jobs = list(r3hf_claims.final_jobs(tmp_path, claims, rates))
+    jobs = list(r3hf_claims.final_jobs(tmp_path, claims, rates, "medium"))
     assert {job.seed for job in jobs} == {0, 1, 2, 3} and {job.base for job in jobs} == {0, 1}
     assert {job.base for job in r3hf_claims.tuning_jobs(tmp_path, claims)} == {2}
     config = r3hf_claims.experiment(jobs[0])
