@@ -403,7 +403,7 @@ class RatioIsOne:
             raise NonFinite(
                 f"stopped at stage {step}: before the first update the density ratio must be 1, "
                 f"but its log is off by "
-                f" {error:.3g}; rollout and update evaluate different functions"
+                f"{error:.3g}; rollout and update evaluate different functions"
             )
 
     def resume(self, step: int) -> None:

@@ -14,12 +14,12 @@ from jaxalign.data.world import load_prompt_file
 from jaxalign.rewards import digits as reading
 
 
-@pytest.fixture(scope="session")
-def world():
+@pytest.fixture(scope="module")
+def world(optimised):
     return digits.world()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def corpus(world):
     return digits.corpus(0, world.reward_params)
 

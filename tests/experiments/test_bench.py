@@ -126,7 +126,7 @@ def test_the_released_loop_samples_the_same_tree(problem, pieces):
             problem.predict, problem.config, pieces.optimizer, state, task, samples, rewards, key
         )
     )(problem.state, problem.task, jax.tree.map(jnp.asarray, mine), rewards)
-    assert metrics["ratio_error"] < 1e-6
+    assert metrics["ratio_error"] < 1e-5
 
 
 def test_nested_branchings_are_refused(problem):

@@ -32,7 +32,7 @@ def make_data():
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(optimised):
     """The state after training, and the loss of each update."""
     state, data, losses = INIT(), make_data(), []
     for i in range(CONFIG.updates):

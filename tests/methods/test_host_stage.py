@@ -91,14 +91,6 @@ class Switched(HostReward):
         return super().submit(pictures, batch)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """Almost all of the time here is compilation, so compile with less care."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def compiled():
     with Switched() as reward:
@@ -147,7 +139,7 @@ def test_one_chunk_is_the_stage_on_the_device(reward: HostReward):
     state, host_log = run(make_host(reward, 1, config=config), make_state(config), make_task())
     assert log.keys() == host_log.keys()
     # What rounding leaves of a log ratio of 0.
-    assert host_log.pop("ratio_error") < 1e-6 > log.pop("ratio_error")
+    assert host_log.pop("ratio_error") < 1e-5 > log.pop("ratio_error")
     assert_close(host_log, log)
     assert_close(state.extra, expected.extra)
     assert_same_weights((state.params, state.slow), (expected.params, expected.slow))
@@ -179,7 +171,7 @@ def test_chunks_learn_from_all_groups_with_their_own_rewards(reward: Switched, s
         assert history.count[-1, p] == (prompt == p).sum()
         np.testing.assert_allclose(history.mean[-1, p], rewards[prompt == p].mean(), rtol=1e-5)
     np.testing.assert_allclose(log["reward"], rewards.mean(), rtol=1e-5)
-    assert log["ratio_error"] < 1e-6, "latents and densities must come from the same group"
+    assert log["ratio_error"] < 1e-5, "latents and densities must come from the same group"
     assert log["trained_pairs"] == CONFIG.groups * CONFIG.leaves * CONFIG.suffix_start
     assert log["reward_evaluations"] == CONFIG.groups * CONFIG.leaves
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params)), "donated"
@@ -192,7 +184,7 @@ def test_devices_do_not_matter(reward: HostReward, stage):
     sharded = make_host(reward, 2, meshes.batch_sharding(mesh))
     state, log = run(sharded, jax.device_put(make_state(), put), jax.device_put(make_task(), put))
     expected, one_log = run(stage, make_state(), make_task())
-    assert log.pop("ratio_error") < 1e-6 > one_log.pop("ratio_error")
+    assert log.pop("ratio_error") < 1e-5 > one_log.pop("ratio_error")
     assert_close(log, one_log)
     assert_close(jax.device_get(state.extra), jax.device_get(expected.extra))
     assert_same_weights(state.params, expected.params)

@@ -540,7 +540,7 @@ def gold_of_prefixes(world, _, ids, mask):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
-def test_gold_score_rises(algorithm):
+def test_gold_score_rises(algorithm, optimised):
     """Rewarded with the gold score itself, 64 responses at a time."""
     world, model, policy, task = synthetic()
 

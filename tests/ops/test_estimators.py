@@ -14,7 +14,9 @@ import pytest
 from jaxalign.ops import policy_gradient as pg
 from jaxalign.ops.diffusion import ddim_sampler, scaled_linear_alphas
 
-STEPS, SUFFIX, GROUPS, BRANCHES, BATCHES = 20, 14, 256, 5, 600
+pytestmark = pytest.mark.usefixtures("optimised")
+
+STEPS, SUFFIX, GROUPS, BRANCHES, BATCHES = 20, 14, 256, 5, 2000
 
 
 def chain():
@@ -122,7 +124,7 @@ def one_batch(key, offset):
 
 @jax.jit
 def all_batches(keys, offset):
-    return jax.lax.map(lambda k: one_batch(k, offset), keys)
+    return jax.lax.map(lambda k: one_batch(k, offset), keys, batch_size=8)
 
 
 @pytest.mark.parametrize("share", TABLE)

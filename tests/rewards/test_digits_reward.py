@@ -65,26 +65,26 @@ def stroke_width(images):
     return np.asarray(STROKE_WIDTH(np.resize(images, (BATCH, 28, 28, 1))))[: len(images)]
 
 
-@pytest.fixture(scope="session")
-def params():
+@pytest.fixture(scope="module")
+def params(optimised):
     return data.reward_params()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def held():
     """Drawings of the held-out digits, and their labels."""
     images, labels = data.random_drawings(data.load_digits()[1], 1, np.random.default_rng(7))
     return images, labels
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def true_target(params, held):
     """What each held-out drawing shows, asked for: its label, and the words that hold."""
     style = factors(held[0], params)[:, 1:]
     return np.concatenate([held[1][:, None], np.where(style == reading.MIDDLE, -1, style)], axis=-1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def odd_pictures():
     """Blanks, greys, and noise of three kinds."""
     rng = np.random.default_rng(0)
