@@ -116,14 +116,16 @@ def arm_config(config: Experiment, arm: str) -> r3hf.Config:
 class Lab(NamedTuple):
     """What all arms of a run share.
 
-    policy: fine-tuned parameters. scalar: a scalar head on the same network. reward, calibrated:
-    its parameters; None where no arm asks for it. accuracy: of the reward model on fresh pairs.
+    policy: fine-tuned parameters. scalar: the same network with a scalar head, for critics. judge:
+    the reward model's network. reward, calibrated: its parameters; None where no arm asks for it.
+    accuracy: of the reward model on fresh pairs.
     """
 
     problem: Problem
     mesh: jax.sharding.Mesh
     policy: Params
     scalar: ScalarModel
+    judge: ScalarModel
     reward: Params
     calibrated: Params | None
     accuracy: float
@@ -152,14 +154,18 @@ def make_lab(config: Experiment) -> Lab:
     }
     policy = cached("policy", name, lambda: fine_tuned(config, problem, mesh))
     name["reward"] = _plain(config.reward)
-    reward = cached("reward", name, lambda: preferring(config, problem, mesh, scalar, policy))
+    if problem.reward_model:
+        judge, reward = problem.reward_model
+    else:
+        judge = scalar
+        reward = cached("reward", name, lambda: preferring(config, problem, mesh, scalar, policy))
     calibrated = None
     if any(ARMS[arm].calibrated or ARMS[arm].critic == "calibrated" for arm in config.arms):
         name |= {"calibration": _plain(config.calibration), "n": config.calibration_responses}
-        train = functools.partial(calibrate, config, problem, mesh, scalar, policy, reward)
+        train = functools.partial(calibrate, config, problem, mesh, judge, policy, reward)
         calibrated = cached("calibrated", name, train)
-    accuracy = float(pair_accuracy(scalar, reward, problem))
-    return Lab(problem, mesh, policy, scalar, reward, calibrated, accuracy)
+    accuracy = float(pair_accuracy(judge, reward, problem))
+    return Lab(problem, mesh, policy, scalar, judge, reward, calibrated, accuracy)
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -255,10 +261,10 @@ def _decode(
     return decode.decode(problem.model, policy, ids, mask, key, **how)
 
 
-def pair_accuracy(scalar: ScalarModel, reward: Params, problem: Problem) -> Array:
+def pair_accuracy(judge: ScalarModel, reward: Params, problem: Problem) -> Array:
     """Share of held-back pairs that the reward model orders as their labels do."""
     params = reward.get("reward", reward)
-    loss = functools.partial(reward_model.preference_loss, scalar.scores)
+    loss = functools.partial(reward_model.preference_loss, judge.scores)
     return jax.jit(loss)(params, problem.test_pairs, jax.random.key(0))[1]["accuracy"].value()
 
 
@@ -285,7 +291,7 @@ def make_evaluation(
     heldout = Prompts(*(jnp.asarray(a)[: config.evaluated] for a in problem.heldout))
     given = (heldout, lab.reward, problem.gold_params, jax.random.key(10_000 + config.seed))
     given = jax.device_put(given, meshes.replicated(lab.mesh))
-    score = problems.combine(problem, lab.scalar.scores)
+    score = problems.combine(problem, lab.judge.scores)
 
     @jax.jit
     def look(policy: Params, reference: Params, given: PyTree) -> tuple[dict[str, Array], Shown]:
@@ -306,7 +312,7 @@ def make_evaluation(
         numbers = {f"heldout/{name}": value for name, value in numbers.items()}
         return numbers, Shown(seen, scores, gold, divergence)
 
-    return lambda state: look(state.params["policy"], state.slow["reference"], given)
+    return lambda state: look(r3hf.policy_of(state.params), r3hf.reference_of(state), given)
 
 
 class Health:
@@ -345,6 +351,11 @@ def start_state(lab: Lab, config: Experiment, arm: str) -> TrainState:
     r3, start = arm_config(config, arm), ARMS[arm].critic
     if r3.algorithm == "rloo":
         return r3hf.init(r3, lab.policy)
+    if start in ("reward", "calibrated") and not _same_sizes(lab.reward, lab.policy):
+        raise UserError(
+            f"arms: the critic of {arm} starts at the reward model, which has other sizes than the "
+            "policy; leave this arm out"
+        )
     scores = lab.calibrated if start == "calibrated" else lab.reward
     random = lab.scalar.init(jax.random.key(20_000 + config.seed))
     kind = "reward" if start == "calibrated" else start
@@ -352,12 +363,22 @@ def start_state(lab: Lab, config: Experiment, arm: str) -> TrainState:
     return r3hf.init(r3, lab.policy, r3hf.critic_params(kind, body, scores or {}, random))
 
 
+def _same_sizes(reward: Params, policy: Params) -> bool:
+    """Whether a reward model's body has the shapes of the policy's."""
+    body = attach_head(policy, 1)["model"]
+    return jax.tree.map(jnp.shape, reward["model"]) == jax.tree.map(jnp.shape, body)
+
+
 @functools.cache
 def compiled_iteration(
-    problem: Problem, scalar: ScalarModel, r3: r3hf.Config, rows: jax.sharding.NamedSharding
+    problem: Problem,
+    scalar: ScalarModel,
+    judge: ScalarModel,
+    r3: r3hf.Config,
+    rows: jax.sharding.NamedSharding,
 ) -> Callable[[TrainState, r3hf.Task, Array], tuple[TrainState, dict[str, Array]]]:
     """`r3hf.make_iteration`, once for equal arguments."""
-    score = problems.combine(problem, scalar.scores)
+    score = problems.combine(problem, judge.scores)
     parts = r3hf.Parts(problem.model, scalar.scores, score, problem.gold, problem.decoding)
     return r3hf.make_iteration(parts, r3, rows)
 
@@ -376,7 +397,7 @@ def train_arm(
     # The rates live in the optimizer's state: one compiled iteration serves all of a sweep.
     any_rate = dataclasses.replace(r3, policy_rate=1.0, critic_rate=1.0, iterations=1)
     rows = meshes.batch_sharding(lab.mesh)
-    iteration = compiled_iteration(problem, lab.scalar, any_rate, rows)
+    iteration = compiled_iteration(problem, lab.scalar, lab.judge, any_rate, rows)
     evaluation = make_evaluation(lab, config, r3)
 
     def measure(state: TrainState, step: int) -> dict[str, Array]:
@@ -417,7 +438,7 @@ def save_policy(lab: Lab, config: Experiment, state: TrainState, path: Path) -> 
     """The policy as a Hugging Face folder, with the tokenizer of the model that it came from."""
     if not path.exists():  # a finished arm that is resumed has it
         source = config.source.model or None
-        folders.save(path, lab.problem.config, state.params["policy"], source=source)
+        folders.save(path, lab.problem.config, r3hf.policy_of(state.params), source=source)
 
 
 def save_samples(lab: Lab, shown: Shown, directory: Path, when: str, count: int = 12) -> None:

@@ -21,6 +21,7 @@ from jaxalign.data import preferences
 from jaxalign.data.preferences import Pairs, PreferenceWorld, Prompts, Responses
 from jaxalign.methods.r3hf import Decoding, Gold, Scores
 from jaxalign.models import folders, gpt2, llama
+from jaxalign.models.scalar_head import ScalarModel
 from jaxalign.ops import redistribution as rd
 
 Name = Literal["synthetic", "text", "nectar", "tldr", "saferlhf"]
@@ -52,6 +53,7 @@ class Source:
     data: str = ""  # real sets: the folder, in the Hub's layout
     demonstration_data: str = ""  # real sets: the folder for fine-tuning, if it is another
     model: str = ""  # real sets: a Hugging Face folder
+    reward_model: str = ""  # real sets: a folder with a scalar head; without one it is trained
     cost_weight: float = -1.0  # saferlhf: alpha, of the safety model's score
     seed: int = 0  # of data and networks before RL
 
@@ -68,6 +70,7 @@ class Problem(NamedTuple):
     config: its sizes, as a folder is written from them. rules: how its parameters are sharded.
     prompts, heldout: `[N, P]`. demonstrations: None where the model is used as it is.
     pairs, test_pairs: to train the reward model and to test it. cost_pairs: of a second one.
+    reward_model: one that is trained already, with its parameters.
     gold: `(gold_params, ids, mask) -> [B]`, the true score, 0 where nobody knows it.
     words: `ids -> str`.
     """
@@ -84,6 +87,7 @@ class Problem(NamedTuple):
     pairs: Pairs
     test_pairs: Pairs
     cost_pairs: Pairs | None
+    reward_model: tuple[ScalarModel, Params] | None
     cost_weight: float
     gold: Gold
     gold_params: PyTree
@@ -165,6 +169,7 @@ def _ours(source: Source) -> Problem:
         jax.tree.map(jnp.asarray, world.pairs(keys[3], source.pairs)),
         jax.tree.map(jnp.asarray, world.pairs(keys[4], 2048)),
         None,
+        None,
         0.0,
         gold,
         (),
@@ -216,11 +221,30 @@ def _real(source: Source) -> Problem:
         train,
         test,
         cost_pairs,
+        _reward_model(source, tokenizer),
         source.cost_weight,
         _unknown,
         (),
         tokenizer.decode,
     )
+
+
+def _reward_model(source: Source, tokenizer: Any) -> tuple[ScalarModel, Params] | None:
+    """The reward model of the source's folder, if there is one."""
+    if not source.reward_model:
+        return None
+    if source.name == "saferlhf":
+        raise UserError(
+            "source.reward_model: saferlhf has two reward models, a given one is single; leave it "
+            "out and both are trained"
+        )
+    if folders.tokenizer(source.reward_model).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"source.reward_model {source.reward_model}: its tokenizer is not that of "
+            f"{source.model}, so the policy's tokens are not prefixes to it; give one with the "
+            "same tokenizer, or none and one is trained"
+        )
+    return folders.load_reward(source.reward_model)
 
 
 def _unknown(params: PyTree, ids: Array, mask: Array) -> Array:

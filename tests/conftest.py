@@ -11,13 +11,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Tests that compute a lot use the fixture `optimised`; `=0` in front of pytest is for all of them.
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # newer ones do not know it
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
-careless = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+careless = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
 jax.config.update("jax_disable_most_optimizations", careless)  # a plugin may have imported jax
 
 

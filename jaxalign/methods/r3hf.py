@@ -39,6 +39,7 @@ from jaxalign.core import step as steps
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, LanguageModel, Max, Mean, Params, PyTree, UserError
 from jaxalign.data.preferences import Prompts
+from jaxalign.models import lora
 from jaxalign.models.scalar_head import attach_head
 from jaxalign.ops import policy_gradient as pg
 from jaxalign.ops import redistribution as rd
@@ -48,6 +49,7 @@ from jaxalign.rollout import decode
 from jaxalign.rollout.decode import Decoded
 
 Credit = Literal["redistributed", "without_first", "sparse", "uniform", "shuffled", "random"]
+LORA_RULE = r"block_\d+/.*kernel"
 CriticStart = Literal["reward", "policy", "random"]
 
 
@@ -87,6 +89,7 @@ class Config:
     policy_rate: float = 1e-5
     critic_rate: float = 5e-6
     gradient_clip: float = 1.0  # policy and critic each
+    lora_rank: int = 0  # of the policy's adapters; 0 trains all of its weights
     sampling: Sampling = Sampling()
     limits: Limits = Limits()
 
@@ -95,7 +98,7 @@ class Config:
         above = ("clip", "value_clip", "policy_rate", "critic_rate", "gradient_clip")
         self._check(whole, lambda x: x >= 1, "must be at least 1; raise it")
         self._check(above, lambda x: x > 0, "must be positive; try the default")
-        weights = ("token_weight", "kl_weight", "missing_stop_penalty")
+        weights = ("token_weight", "kl_weight", "missing_stop_penalty", "lora_rank")
         self._check(weights, lambda x: x >= 0, "must not be negative; 0 turns it off")
         shares = ("dense_weight", "discount", "decay")
         self._check(shares, lambda x: 0 <= x <= 1, "must lie in [0, 1]; try the default")
@@ -204,8 +207,24 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
     rates = {"policy": config.policy_rate, "critic": config.critic_rate}
     return optax.partition(
-        {name: adam(rate) for name, rate in rates.items()}, lambda params: {n: n for n in params}
+        {name: adam(rate) for name, rate in rates.items()},
+        lambda params: {n: "critic" if n == "critic" else "policy" for n in params},
     )
+
+
+def trainable(config: Config) -> str:
+    """Paths that learn, for `core.state.partition`."""
+    return "(lora|critic)/.*" if config.lora_rank else ".*"
+
+
+def policy_of(params: Params) -> Params:
+    """The language model's parameters, adapters merged in."""
+    return lora.effective({"model": params["policy"], "lora": params.get("lora", {})})
+
+
+def reference_of(state: TrainState) -> Params:
+    """The policy before the first iteration; under adapters it lies frozen below them."""
+    return state.slow.get("reference", state.params["policy"])
 
 
 def set_rates(state: TrainState, policy: float | Array, critic: float | Array) -> TrainState:
@@ -226,20 +245,32 @@ def critic_params(start: CriticStart, policy: Params, reward: Params, random: Pa
     return {"reward": reward, "policy": zero, "random": random}[start]
 
 
-def init(config: Config, policy: Params, critic: Params | None = None) -> TrainState:
+def init(
+    config: Config, policy: Params, critic: Params | None = None, key: Array | None = None
+) -> TrainState:
     """The state before the first iteration; the policy as given is the reference.
 
+    params: "policy", with `lora_rank` also "lora" (adapters of every matrix of its blocks), and
+    for PPO "critic".
+
     critic: for PPO; leave-one-out has none. Both are copied, as the state is donated.
-    Raises: UserError where PPO is left without a critic.
+    key: of the adapters.
+    Raises: UserError where PPO is left without a critic, and where adapters find no matrix.
     """
     params = {"policy": jax.tree.map(jnp.copy, policy)}
     if config.algorithm == "ppo":
         if critic is None:
             raise UserError("algorithm ppo has no critic: give its parameters, or choose rloo")
         params["critic"] = jax.tree.map(jnp.copy, critic)
-    slow = {"reference": jax.tree.map(jnp.copy, policy)}
+    slow = {}
+    if config.lora_rank:
+        key = jax.random.key(0) if key is None else key
+        params["lora"] = lora.init_lora(key, policy, config.lora_rank, LORA_RULE)
+    else:
+        slow["reference"] = jax.tree.map(jnp.copy, policy)
     extra = Extra(*(jnp.zeros((), kind) for kind in (jnp.int32, jnp.int32, float, float)))
-    return states.create(params, make_optimizer(config), slow=slow, extra=extra)
+    optimizer, which = make_optimizer(config), trainable(config)
+    return states.create(params, optimizer, trainable=which, slow=slow, extra=extra)
 
 
 def sample(
@@ -295,7 +326,7 @@ def estimate(
     decoded = samples.decoded
     ids, mask, response = decoded.ids, decoded.mask, decoded.response
     reference, _ = decode.score(
-        parts.policy, state.slow["reference"], ids, mask, parts.decoding.length, config.sampling
+        parts.policy, reference_of(state), ids, mask, parts.decoding.length, config.sampling
     )
     token = credit(config, samples.scores, response, key)
     reward = token + rd.missing_stop(response, decoded.stopped, config.missing_stop_penalty)
@@ -330,7 +361,7 @@ def loss(
     length = parts.decoding.length
     response = batch.mask[:, -length:]
     density, entropy = decode.score(
-        parts.policy, params["policy"], batch.ids, batch.mask, length, config.sampling
+        parts.policy, policy_of(params), batch.ids, batch.mask, length, config.sampling
     )
     log_ratio = density - batch.log_density  # 0 off the response, like all that follows
     item = pg.clipped_surrogate(log_ratio, batch.advantage, config.clip)
@@ -361,6 +392,7 @@ def learn(
     key: Array,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The optimizer steps of an iteration; and what each of them measured, `[steps]` a name."""
+    which = trainable(config)
 
     def objective(params: Params, batch: Batch, key: Array) -> tuple[Mean, dict[str, Mean | Max]]:
         return loss(parts, config, params, batch, key)
@@ -374,9 +406,12 @@ def learn(
             part = jax.tree.map(lambda a: a[index[micro]], batch)
             return part if rows is None else jax.lax.with_sharding_constraint(part, rows)
 
-        gradient, seen = steps.accumulate(objective, state.params, take, config.micro_batches, key)
-        seen |= {f"{name}_gradient_norm": optax.tree.norm(g) for name, g in gradient.items()}
-        return steps.apply_gradient(state, gradient, optimizer), seen
+        gradient, seen = steps.accumulate(
+            objective, state.params, take, config.micro_batches, key, trainable=which
+        )
+        learned = {name: part for name, part in gradient.items() if jax.tree.leaves(part)}
+        seen |= {f"{name}_gradient_norm": optax.tree.norm(g) for name, g in learned.items()}
+        return steps.apply_gradient(state, gradient, optimizer, trainable=which), seen
 
     return jax.lax.scan(optimizer_step, state, jnp.arange(config.epochs * config.minibatches))
 
@@ -394,7 +429,7 @@ def make_iteration(
 
     def iteration(state: TrainState, task: Task, key: Array) -> tuple[TrainState, dict[str, Array]]:
         sample_key, credit_key, learn_key = jax.random.split(key, 3)
-        samples = sample(parts, config, rows, state.params["policy"], task, sample_key)
+        samples = sample(parts, config, rows, policy_of(state.params), task, sample_key)
         batch, metrics = estimate(parts, config, state, samples, credit_key)
         state, log = learn(parts, config, optimizer, rows, state, batch, learn_key)
         # Before the first optimizer step the policy is the one that sampled: this must be 0.

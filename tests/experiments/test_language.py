@@ -18,6 +18,7 @@ from experiments.problems import Source
 from jaxalign.core import metrics
 from jaxalign.core.types import UserError
 from jaxalign.models import folders, gpt2
+from jaxalign.models.scalar_head import attach_head
 
 TINY = presets.tiny()
 
@@ -97,11 +98,11 @@ def test_bad_configurations_are_refused_in_one_line(config, message):
 # --- real sets, from folders in their layout ------------------------------------------------------
 
 
-def write_tokenizer(folder):
+def write_tokenizer(folder, last="sea"):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "<unk>", "Human", "Assistant", ":", "name", "red", "blue", "sea"]
+    words = ["<pad>", "<eos>", "<unk>", "Human", "Assistant", ":", "name", "red", "blue", last]
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     named = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -129,7 +130,20 @@ def real(tmp_path):
     return dataclasses.replace(presets.saferlhf(), source=given, stop_when_ill=False, **small)
 
 
+@pytest.fixture
+def nectar(tmp_path):
+    """A small Nectar folder."""
+    folder = tmp_path / "nectar"
+    folder.mkdir()
+    answers = [{"answer": "red sea", "rank": 1.0}, {"answer": "blue", "rank": 2.0}]
+    row = {"prompt": "\n\nHuman: name a sea\n\nAssistant: ", "answers": answers}
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(24)))
+    return str(folder)
+
+
 def test_a_real_set_runs_with_a_model_from_a_folder(real, tmp_path):
+    """Two reward models; adapters of the policy, which the folder that is left has merged in."""
+    real = dataclasses.replace(real, rl=dataclasses.replace(real.rl, lora_rank=2))
     language.check(real)
     lab = language.make_lab(real)
     assert set(lab.reward) == {"reward", "cost"}
@@ -137,10 +151,43 @@ def test_a_real_set_runs_with_a_model_from_a_folder(real, tmp_path):
     assert numbers["episodes"] == 3 * real.rl.rollouts and np.isfinite(numbers["proxy"])
     config = folders.read_config(tmp_path / "arm" / "policy")
     assert config == folders.read_config(real.source.model)
+    _, merged = folders.load(tmp_path / "arm" / "policy")
+    change = jax.tree.map(lambda a, b: float(abs(a - b).max()), merged, lab.policy)
+    assert change["block_0"]["up"]["kernel"] > 0 == change["token"]["embedding"]
     assert (tmp_path / "arm" / "policy" / "tokenizer.json").exists()
     shown = json.loads((tmp_path / "arm" / "samples-after.json").read_text())["samples"][0]
     assert shown["prompt"] == ["Human", ":", "name", "<unk>", "sea", "Assistant", ":"]
     assert len(shown["response"]) == len(shown["reward"])
+
+
+def with_reward_model(real, folder, **sizes):
+    """The preset with a reward model from a folder, on one set of preferences."""
+    given = dataclasses.replace(real.source, name="nectar", reward_model=str(folder))
+    shape = gpt2.Config(
+        10, **{"width": 8, "depth": 1, "heads": 2, "inner": 16, **sizes}, context=48
+    )
+    body, head = gpt2.gpt2(shape).init(jax.random.key(1)), jax.random.key(2)
+    folders.save_reward(folder, shape, attach_head(body, shape.width, head))
+    return dataclasses.replace(real, source=given)
+
+
+def test_a_reward_model_of_another_size_is_read_from_a_folder(real, nectar, tmp_path):
+    config = with_reward_model(real, tmp_path / "reward")
+    config = dataclasses.replace(config, source=dataclasses.replace(config.source, data=nectar))
+    write_tokenizer(tmp_path / "reward")
+    lab = language.make_lab(config)
+    numbers = language.train_arm(lab, config, "redistributed", tmp_path / "arm", resume=False)
+    assert np.isfinite(numbers["proxy"])
+    with pytest.raises(UserError, match="starts at the reward model"):
+        language.train_arm(lab, config, "sparse_reward_critic", tmp_path / "x", resume=False)
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused(real, nectar, tmp_path):
+    config = with_reward_model(real, tmp_path / "reward")
+    config = dataclasses.replace(config, source=dataclasses.replace(config.source, data=nectar))
+    write_tokenizer(tmp_path / "reward", last="lake")
+    with pytest.raises(UserError, match="its tokenizer is not that of"):
+        language.make_lab(config)
 
 
 # --- presets at their full size -------------------------------------------------------------------

@@ -510,6 +510,34 @@ def test_impossible_configs(change, says):
         Config(**change)
 
 
+# --- adapters -------------------------------------------------------------------------
+
+
+def test_adapters_learn_and_the_reference_lies_below_them():
+    world = preferences.synthetic(vocabulary=12, prompt=3, response=8)
+    model = gpt2.gpt2(gpt2.Config(12, width=8, depth=1, heads=2, inner=16, context=11))
+    policy = model.init(jax.random.key(0))
+    config = dataclasses.replace(TOY, lora_rank=2)
+    parts = r3hf.Parts(
+        model,
+        with_scalar_head(model).scores,
+        lambda _, ids, mask: jnp.cumsum(ids * mask, axis=1).astype(float),
+        lambda _, ids, mask: world.gold(ids, mask),
+        r3hf.Decoding(8, (world.stop,), world.pad),
+    )
+    state = r3hf.init(config, policy, attach_head(policy, model.width), jax.random.key(1))
+    assert state.slow == {}
+    task = r3hf.Task(world.prompts(jax.random.key(2), 16), {}, {})
+    step = r3hf.make_iteration(parts, config)
+    for i in range(2):
+        state, metrics = step(state, task, jax.random.key(i))
+        assert metrics["ratio_error"] < 1e-5
+        assert (abs(float(metrics["kl"])) < 1e-5) == (i == 0)
+    assert_equal(state.params["policy"], policy)
+    assert_equal(r3hf.reference_of(state), policy)
+    assert moved(r3hf.policy_of(state.params), policy) > 1e-3
+
+
 # --- it learns ------------------------------------------------------------------------
 
 
