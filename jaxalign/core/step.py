@@ -69,6 +69,20 @@ def apply_gradient(
     return state._replace(params=states.merge(trained, frozen), opt_state=opt_state)
 
 
+def warmed_adam(
+    learning_rate: float, updates: int, b2: float = 0.999
+) -> optax.GradientTransformation:
+    """Adam behind a gradient norm clipped at 1, its rate warmed up and then decayed to a tenth."""
+    rate = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=learning_rate,
+        warmup_steps=min(100, updates),
+        decay_steps=updates + 1,
+        end_value=0.1 * learning_rate,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=b2))
+
+
 def follow(slow: PyTree, fast: PyTree, decay: float | Array) -> PyTree:
     """Exponential moving average: decay * slow + (1 - decay) * fast."""
     return jax.tree.map(lambda s, f: decay * s + (1 - decay) * f, slow, fast)

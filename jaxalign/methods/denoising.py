@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding
 
 from jaxalign.core import state as states
@@ -76,19 +75,11 @@ def init(text: Model, net: Model, config: Config) -> TrainState:
     """Fresh parameters with their optimizer state and average."""
     text_key, net_key = jax.random.split(jax.random.key(config.seed))
     params = {"text": text.init(text_key), "net": net.init(net_key)}
-    return states.create(params, make_optimizer(config), slow=jax.tree.map(jnp.copy, params))
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam behind a clipped norm, its rate warmed up and then decayed to a tenth."""
-    rate = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(100, config.updates),
-        decay_steps=config.updates + 1,
-        end_value=0.1 * config.learning_rate,
+    return states.create(
+        params,
+        steps.warmed_adam(config.learning_rate, config.updates, b2=0.99),
+        slow=jax.tree.map(jnp.copy, params),
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
 
 def make_step(
@@ -100,7 +91,7 @@ def make_step(
     in [-1, 1], tokens `[N, L] i32`, and alphas `[count]`, the cumulative signal shares.
     rows: how a batch lies on a mesh.
     """
-    optimizer = make_optimizer(config)
+    optimizer = steps.warmed_adam(config.learning_rate, config.updates, b2=0.99)
 
     def step(state: TrainState, data: Mapping[str, Array], key: Array) -> tuple[TrainState, dict]:
         row_key, loss_key = jax.random.split(key)

@@ -22,7 +22,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding
 
 from jaxalign.core import state as states
@@ -107,29 +106,23 @@ def calibration_loss(
     return Mean((prefix + anchor * drift).sum(), rows), metrics
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam behind a clipped norm, its rate warmed up and then decayed to a tenth."""
-    rate = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(100, config.updates),
-        decay_steps=config.updates + 1,
-        end_value=0.1 * config.learning_rate,
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-
-
 def init(params: Params, config: Config) -> TrainState:
     """The state before training on preferences. params: copied; a trunk that was fine-tuned on
     demonstrations, with a new head.
     """
-    return states.create(jax.tree.map(jnp.copy, params), make_optimizer(config))
+    return states.create(
+        jax.tree.map(jnp.copy, params), steps.warmed_adam(config.learning_rate, config.updates)
+    )
 
 
 def init_calibration(params: Params, config: Config) -> TrainState:
     """The state before calibration; the frozen copy lies in `slow["teacher"]`."""
     copies = [jax.tree.map(jnp.copy, params) for _ in range(2)]
-    return states.create(copies[0], make_optimizer(config), slow={"teacher": copies[1]})
+    return states.create(
+        copies[0],
+        steps.warmed_adam(config.learning_rate, config.updates),
+        slow={"teacher": copies[1]},
+    )
 
 
 def make_step(scores: Scores, config: Config, rows: NamedSharding | None = None) -> Step:
@@ -185,7 +178,7 @@ def _update(
     batch = jax.tree.map(lambda a: a[row], data)
     return steps.train_step(
         objective,
-        make_optimizer(config),
+        steps.warmed_adam(config.learning_rate, config.updates),
         state,
         batch,
         key,

@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding
 
 from jaxalign.core import state as states
@@ -63,21 +62,11 @@ def loss(
     return Mean(-density.sum(), tokens), {"entropy": Mean(entropy.sum(), tokens)}
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam behind a clipped norm, its rate warmed up and then decayed to a tenth."""
-    rate = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(100, config.updates),
-        decay_steps=config.updates + 1,
-        end_value=0.1 * config.learning_rate,
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-
-
 def init(params: Params, config: Config) -> TrainState:
     """The state before the first update. params: of the model; they are copied."""
-    return states.create(jax.tree.map(jnp.copy, params), make_optimizer(config))
+    return states.create(
+        jax.tree.map(jnp.copy, params), steps.warmed_adam(config.learning_rate, config.updates)
+    )
 
 
 def make_step(
@@ -88,7 +77,7 @@ def make_step(
     data: the whole corpus on the device, `[N, P+T]`, from which each update draws its rows.
     length: T. rows: how a batch lies on a mesh.
     """
-    optimizer = make_optimizer(config)
+    optimizer = steps.warmed_adam(config.learning_rate, config.updates)
 
     def objective(
         params: Params, batch: Responses, key: Array
