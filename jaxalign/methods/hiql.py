@@ -1,0 +1,273 @@
+"""HIQL: one value function, from which two policies are taken: one sets subgoals, one acts.
+
+Source: Park et al. 2023, "HIQL: Offline Goal-Conditioned RL with Latent States as Actions": values
+eq. 4, the two policies eqs. 6 and 7, subgoals as representations section 5.2. The defaults are the
+settings of OGBench (Park et al. 2025); `original` has those of the paper's own repository.
+
+V(s, phi([s; g])) has two heads on a representation phi of length sqrt(d). Learning takes one
+gradient step a batch on the sum of three losses: expectile regression of V towards a slow copy of
+its heads, and advantage-weighted regression of both policies with the advantages of the trained
+heads. The slow heads read the trained phi. Only the value loss trains phi.
+
+Departures from the original repository, `original` included: random goals are drawn from states
+with a successor, as in OGBench, not from all states; a gradient that is not a number ends the run
+instead of being zeroed. Pixels and discrete actions are left out.
+
+Dimensions: B batch, O observation, A action, d representation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.core import limits
+from jaxalign.core import state as states
+from jaxalign.core import step as steps
+from jaxalign.core.state import TrainState
+from jaxalign.core.types import Array, Model, Params
+from jaxalign.models import mlp
+from jaxalign.ops import expectile, gaussian
+from jaxalign.ops import policy_extraction as pe
+from jaxalign.ops.gaussian import Gaussian
+from jaxalign.ops.goals import Batch, Goals
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """OGBench's settings for mazes."""
+
+    goals: Goals = Goals()
+    batch: int = 1024
+    learning_rate: float = 3e-4
+    expectile: float = 0.7  # tau
+    low_alpha: float = 3.0  # beta, inverse temperature of the policy that acts
+    high_alpha: float = 3.0  # beta, of the policy that sets subgoals
+    target_rate: float = (
+        0.005  # share of the trained heads that the slow ones take over each update
+    )
+    representation: int = 10  # d
+    value_hidden: tuple[int, ...] = (512, 512, 512)  # of the heads and of phi
+    actor_hidden: tuple[int, ...] = (512, 512, 512)
+    actor_activation: Literal["gelu", "relu"] = "gelu"
+    learned_std: bool = False  # of both policies; 1 otherwise
+
+    def __post_init__(self) -> None:
+        limits.fractions(self, "expectile", "target_rate")
+        limits.positive(self, "learning_rate", "low_alpha", "high_alpha")
+        limits.counts(self, "batch", "representation", "value_hidden", "actor_hidden")
+
+
+def original() -> Config:
+    """The settings of the paper's own repository for AntMaze."""
+    return Config(
+        goals=Goals(actor_random=0.3),
+        low_alpha=1.0,
+        high_alpha=1.0,
+        actor_hidden=(256, 256),
+        actor_activation="relu",
+        learned_std=True,
+    )
+
+
+class Networks(NamedTuple):
+    """representation: phi, `(s, g) -> [B, d]`. value: the heads, `(s, phi) -> [2, B]`.
+
+    low: `(s, phi) -> Gaussian [B, A]`. high: `(s, g) -> Gaussian [B, d]`.
+    """
+
+    representation: Model
+    value: Model
+    low: Model
+    high: Model
+
+
+def networks(config: Config, observation_size: int, action_size: int) -> Networks:
+    """The four networks for observations of size O and actions of size A."""
+    o, d = observation_size, config.representation
+    phi = mlp.mlp(2 * o, config.value_hidden, d, layer_norm=True)
+    head = mlp.scalar(mlp.mlp(o + d, config.value_hidden, 1, layer_norm=True))
+
+    def actor(inputs: int, outputs: int) -> Model:
+        activation = getattr(jax.nn, config.actor_activation)
+        return mlp.gaussian_actor(
+            inputs,
+            config.actor_hidden,
+            outputs,
+            activation=activation,
+            learned_std=config.learned_std,
+        )
+
+    def represent(params: Params, observation: Array, goal: Array) -> Array:
+        return _to_length(phi.apply(params, observation, goal))
+
+    return Networks(
+        representation=Model(phi.init, represent),
+        value=mlp.ensemble(head, 2),
+        low=actor(o + d, action_size),
+        high=actor(2 * o, d),
+    )
+
+
+def init(config: Config, observation_size: int, action_size: int, key: Array) -> TrainState:
+    """The state before the first update; the slow value heads lie in `slow["value"]`."""
+    nets = networks(config, observation_size, action_size)
+    keys = jax.random.split(key, len(nets))
+    params = {
+        name: net.init(k) for (name, net), k in zip(nets._asdict().items(), keys, strict=True)
+    }
+    slow = {"value": jax.tree.map(jnp.copy, params["value"])}
+    return states.create(params, _optimizer(config), slow=slow)
+
+
+def update(
+    config: Config, state: TrainState, batch: Batch, key: Array
+) -> tuple[TrainState, dict[str, Array]]:
+    """One gradient step on the joint loss. The slow heads follow the parameters before it.
+
+    key: of no use, as the loss draws nothing; other methods' may.
+    """
+    gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(
+        config, state.params, state.slow, batch
+    )
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
+    trained = {"value": state.params["value"]}
+    slow = steps.follow(state.slow, trained, 1 - config.target_rate)
+    state = steps.apply_gradient(state, gradient, _optimizer(config))
+    return state._replace(step=state.step + 1, slow=slow), metrics
+
+
+class Fixed(NamedTuple):
+    """What the losses take as given: no gradient flows through it.
+
+    subgoal, target: `[B, d]`, phi of the state k steps ahead for the policy that acts, and of the
+        state that the other should ask for.
+    low_advantage, high_advantage: `[B]`, of the policies' targets.
+    slow_value, slow_next: `[2, B]`, the slow heads at s and s'.
+    """
+
+    subgoal: Array
+    target: Array
+    low_advantage: Array
+    high_advantage: Array
+    slow_value: Array
+    slow_next: Array
+
+
+def loss(
+    config: Config, params: Params, slow: Params, batch: Batch
+) -> tuple[Array, dict[str, Array]]:
+    """The sum of the three losses `[]`, and metrics: each of them and what they are made of."""
+    nets = networks(config, batch.observation.shape[-1], batch.action.shape[-1])
+    s = batch.observation
+    phi = nets.representation.apply(params["representation"], s, batch.value_goal)
+    heads = nets.value.apply(params["value"], s, phi)
+    frozen, known = jax.lax.stop_gradient((params, phi))
+    fixed = _fixed(nets, frozen, slow, batch, known)
+    value_loss = expectile.twin_value_loss(
+        heads,
+        fixed.slow_value,
+        fixed.slow_next,
+        batch.reward,
+        batch.mask,
+        config.goals.discount,
+        config.expectile,
+    ).mean()
+    low = nets.low.apply(params["low"], s, fixed.subgoal)
+    low_loss, low_metrics = _regression(low, batch.action, fixed.low_advantage, config.low_alpha)
+    high = nets.high.apply(params["high"], s, batch.high_goal)
+    high_loss, high_metrics = _regression(
+        high, fixed.target, fixed.high_advantage, config.high_alpha
+    )
+    total = value_loss + low_loss + high_loss
+    mean = heads.mean(0)
+    return total, {
+        "loss": total,
+        "value_loss": value_loss,
+        "value_mean": mean.mean(),
+        "value_max": mean.max(),
+        "value_min": mean.min(),
+        **{f"low_{name}": number for name, number in low_metrics.items()},
+        **{f"high_{name}": number for name, number in high_metrics.items()},
+    }
+
+
+def _fixed(nets: Networks, params: Params, slow: Params, batch: Batch, phi: Array) -> Fixed:
+    """All of it in three calls: phi on 6 B rows, the trained heads on 4 B, the slow ones on 2 B.
+
+    phi: `[B, d]` of s and the values' goal, which is known already. The rows of a transition lie
+    side by side, so that a batch sharded over devices stays where it is.
+    """
+    s, ahead = batch.observation, batch.next_observation
+    low, high, target = batch.low_goal, batch.high_goal, batch.high_target
+    # The first four of each transition are those of the advantages: before and after, low and high.
+    state = jnp.stack([s, ahead, s, target, ahead, s], axis=1)
+    goal = jnp.stack([low, low, high, high, batch.value_goal, target], axis=1)
+    phis = nets.representation.apply(params["representation"], state, goal)
+    values = nets.value.apply(params["value"], state[:, :4], phis[:, :4]).mean(0)
+    pair, pair_phi = jnp.stack([s, ahead], axis=1), jnp.stack([phi, phis[:, 4]], axis=1)
+    slow_values = nets.value.apply(slow["value"], pair, pair_phi)
+    return Fixed(
+        subgoal=phis[:, 0],
+        target=phis[:, 5],
+        low_advantage=values[:, 1] - values[:, 0],
+        high_advantage=values[:, 3] - values[:, 2],
+        slow_value=slow_values[..., 0],
+        slow_next=slow_values[..., 1],
+    )
+
+
+def act(
+    config: Config,
+    params: Params,
+    observation: Array,
+    goal: Array,
+    key: Array,
+    temperature: float | Array = 0.0,
+) -> Array:
+    """Actions `[B, A]` in [-1, 1] for observations and goals `[B, O]`, through a subgoal a step.
+
+    temperature: multiplies the standard deviations of both policies; 0 takes their means.
+    """
+    nets = networks(config, observation.shape[-1], mlp.action_size(params["low"]))
+    high_key, low_key = jax.random.split(key)
+    high = nets.high.apply(params["high"], observation, goal)
+    subgoal = _to_length(gaussian.draw(high, high_key, temperature))
+    low = nets.low.apply(params["low"], observation, subgoal)
+    return gaussian.draw(low, low_key, temperature).clip(-1, 1)
+
+
+def value(config: Config, params: Params, observation: Array, goal: Array) -> Array:
+    """V `[B]` of observations and goals `[B, O]`: the mean of the heads, minus discounted steps."""
+    nets = networks(config, observation.shape[-1], mlp.action_size(params["low"]))
+    phi = nets.representation.apply(params["representation"], observation, goal)
+    return nets.value.apply(params["value"], observation, phi).mean(0)
+
+
+def _to_length(vector: Array) -> Array:
+    """`[B, d]`, scaled to length sqrt(d)."""
+    length = jnp.linalg.norm(vector, axis=-1, keepdims=True)
+    return vector / length * vector.shape[-1] ** 0.5
+
+
+def _regression(
+    policy: Gaussian, target: Array, advantage: Array, alpha: float
+) -> tuple[Array, dict[str, Array]]:
+    """Advantage-weighted regression `[]` of a policy to what was done, `[B, ...]`."""
+    weight, density = pe.awr_weight(advantage, alpha), gaussian.log_density(policy, target)
+    regression = -(weight * density).mean()
+    return regression, {
+        "loss": regression,
+        "advantage": advantage.mean(),
+        "log_density": density.mean(),
+        "error": ((policy.mean - target) ** 2).mean(),
+        "clipped": (weight >= pe.LARGEST_WEIGHT).mean(),
+    }
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+    return optax.adam(config.learning_rate)
