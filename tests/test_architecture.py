@@ -26,7 +26,8 @@ ALLOWED = {
     "models": ["core.types", "core.state", "ops", "models"],
     "envs": ["core.types", "ops", "envs"],
     "rewards": ["core.types", "ops", "rewards"],
-    "data": ["core.types", "core.checkpoint", "ops", "rewards", "data"],
+    # Generators of data sets let an oracle act in environments: hence envs and rollout.
+    "data": ["core.types", "core.checkpoint", "ops", "rewards", "envs", "rollout", "data"],
     "rollout": ["core.types", "ops", "rollout"],
     "methods": ["core", "ops", "models", "envs", "data", "rewards", "rollout"],
 }
@@ -37,11 +38,15 @@ CONFINED = {
     "torch": ["experiments/bench"],
     "transformers": ["jaxalign/models/", "jaxalign/data/", "experiments/bench"],
     "diffusers": ["jaxalign/models/", "jaxalign/data/"],
+    "gymnasium": ["jaxalign/data/ogbench_play.py", "experiments/real_envs.py"],
+    "mujoco": [],
+    "ogbench": ["jaxalign/data/ogbench_play.py", "experiments/real_envs.py"],
 }
 
 # Outside packages that come with an extra or import slowly: never at the top of a module.
 LAZY = [
-    *("datasets", "diffusers", "matplotlib", "mlxtend", "mujoco", "ogbench", "sklearn"),
+    *("datasets", "diffusers", "matplotlib", "mlxtend", "sklearn"),
+    *("gymnasium", "mujoco", "ogbench"),
     *("tensorboardX", "tokenizers", "torch", "transformers", "wandb"),
 ]
 # These are themselves imported where they are used.
