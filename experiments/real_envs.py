@@ -7,8 +7,8 @@ success when the environment says so at any step, as in OGBench's own evaluation
 
 A try depends on the seed, the task and its number only (and on the policy). For that, each has the
 three generators that the environments draw from: the environment's own, that of its action space
-(a few random steps settle the goal's scene), and NumPy's global one (mazes), which the tries of a
-process take turns in.
+(a few random steps settle the goal's scene), and NumPy's global one (mazes), which is exchanged as
+the environments of a process take turns.
 
 Dimensions: B tries under way, O observation, A action, n tries of a task.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import multiprocessing
 import os
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from jaxalign.core.types import UserError
 from jaxalign.data import ogbench_play
 
 TASKS = 5
+CLOSING = 5.0  # seconds that a process has to end by itself
 
 # (observation [B, O] f32, goal [B, O] f32) -> action [B, A]
 Act = Callable[[np.ndarray, np.ndarray], Any]
@@ -49,13 +51,13 @@ class View(NamedTuple):
 
     observation, goal: `[B_w, O] f32`. Zeros where an environment has nothing left to play.
     ended: the tries that the last step ended, each with its success.
-    busy: whether any environment still plays.
+    playing: `[B_w] bool`, whether an environment has a try.
     """
 
     observation: np.ndarray
     goal: np.ndarray
     ended: list[tuple[Try, bool]]
-    busy: bool
+    playing: np.ndarray
 
 
 class RealEnvironments:
@@ -63,12 +65,13 @@ class RealEnvironments:
 
     name: as "pointmaze-medium", "antmaze-large", "cube-single", "scene", "puzzle-3x3".
     workers: processes; as many as there are cores where None.
-    each: environments in a process; more make larger batches and fewer of them.
+    each: environments in a process, at most; more make larger batches and fewer of them. One takes
+        about 60 MB, and a second to make where there is an arm; none is made that has no try.
     Raises: UserError where the packages are missing, there is no such environment, or it does not
         have states and continuous actions.
     """
 
-    def __init__(self, name: str, workers: int | None = None, each: int = 4) -> None:
+    def __init__(self, name: str, workers: int | None = None, each: int = 10) -> None:
         ogbench_play.require_packages(f"environment {name!r}")
         workers = ogbench_play.cores() if workers is None else workers
         if workers < 1 or each < 1:
@@ -101,8 +104,7 @@ class RealEnvironments:
         """Which tries ended well, `[5, episodes] bool`.
 
         act: gives actions `[B, A]` in [-1, 1] (what lies beyond is cut) for observations and goals
-            `[B, O] f32`; B is workers times `each` at every call, with rows of zeros where no try
-            is left.
+            `[B, O] f32`, B the same at every call, with rows of zeros where no try is left.
         episodes: n, tries of each task.
         seed: of the tries; the same seed starts the same ones.
         progress: called with the count of tries that have ended.
@@ -122,14 +124,15 @@ class RealEnvironments:
                 ended += 1
             if progress is not None:
                 progress(ended)
-            if not any(view.busy for view in views):
+            if not any(view.playing.any() for view in views):
                 return success
             self._step(act, views)
 
     def close(self) -> None:
         """Ends the processes."""
         for link, process in zip(self._links, self._processes, strict=True):
-            link.close()
+            link.close()  # by which a process that waits for actions ends itself
+            process.join(CLOSING)
             process.terminate()
             process.join()
 
@@ -141,17 +144,20 @@ class RealEnvironments:
 
     def _step(self, act: Act, views: list[View]) -> None:
         """Asks the policy once, and sends each process its rows of the answer."""
-        observation = np.concatenate([view.observation for view in views])
-        goal = np.concatenate([view.goal for view in views])
+        observation, goal, playing = (
+            np.concatenate([getattr(view, field) for view in views])
+            for field in ("observation", "goal", "playing")
+        )
         action = np.asarray(jax.device_get(act(observation, goal)))
         wanted = (len(observation), self.action_size)
-        if action.shape != wanted or not np.isfinite(action).all():
+        if action.shape != wanted or not np.isfinite(action[playing]).all():
             kind = "numbers that are not finite" if action.shape == wanted else "another shape"
             raise UserError(
                 f"the policy's actions in {self.name} are {kind}, {action.shape}: give finite "
                 f"numbers of shape {wanted}"
             )
-        for link, rows in zip(self._links, np.split(action, len(self._links)), strict=True):
+        ends = np.cumsum([len(view.observation) for view in views])[:-1]
+        for link, rows in zip(self._links, np.split(action, ends), strict=True):
             self._send(link, np.clip(rows, -1.0, 1.0))
 
     def _send(self, link: Connection, message: Any) -> None:
@@ -197,7 +203,7 @@ class Seat:
         self.nothing = np.zeros(environment.observation_space.shape, np.float32)
         self.current: Try | None = None
         self.observation = self.goal = self.nothing
-        self.generator: Any = None
+        self.generator = np.random.MT19937()
 
     def start(self, chosen: Try | None) -> None:
         """Sets up the start and the goal of a try; with None there is nothing left to play."""
@@ -205,6 +211,7 @@ class Seat:
         if chosen is None:
             self.observation = self.goal = self.nothing
             return
+        self._take_turn()
         np.random.seed(chosen.seed)
         self.environment.unwrapped.action_space.seed(chosen.seed)
         observation, info = self.environment.reset(
@@ -212,30 +219,37 @@ class Seat:
         )
         self.observation = observation.astype(np.float32)
         self.goal = info["goal"].astype(np.float32)
-        self.generator = np.random.get_state()
 
     def step(self, action: np.ndarray) -> tuple[Try, bool] | None:
         """Takes a step of the try, if there is one; the try and its success where it ended."""
         if self.current is None:
             return None
-        np.random.set_state(self.generator)
+        self._take_turn()
         observation, _, terminated, truncated, info = self.environment.step(action)
         self.observation = observation.astype(np.float32)
-        self.generator = np.random.get_state()
         # An environment ends at its first success, so the last step's word is that of any step.
         return (self.current, bool(info["success"])) if terminated or truncated else None
+
+    def _take_turn(self) -> None:
+        """Makes its generator NumPy's global one, which was another environment's before."""
+        np.random.set_bit_generator(self.generator)  # ty: ignore[missing-attribute]
 
 
 class Stage:
     """The environments of a process, and the tries that wait for one."""
 
     def __init__(self, name: str, each: int) -> None:
-        self.seats = [Seat(_make(name)) for _ in range(each)]
+        self.name, self.each = name, each
+        self.made = [Seat(_make(name))]
+        self.seats = self.made
         self.waiting: Iterator[Try] = iter(())
 
     def begin(self, tries: list[Try]) -> View:
-        """Forgets what was played before, and starts as many tries as there are environments."""
-        self.waiting = iter(tries)
+        """Forgets what was played before, and starts as many tries as there are seats."""
+        count = max(1, min(self.each, len(tries)))
+        while len(self.made) < count:
+            self.made.append(Seat(_make(self.name)))
+        self.seats, self.waiting = self.made[:count], iter(tries)
         for seat in self.seats:
             seat.start(next(self.waiting, None))
         return self._view([])
@@ -254,19 +268,16 @@ class Stage:
             observation=np.stack([seat.observation for seat in self.seats]),
             goal=np.stack([seat.goal for seat in self.seats]),
             ended=ended,
-            busy=any(seat.current is not None for seat in self.seats),
+            playing=np.array([seat.current is not None for seat in self.seats]),
         )
 
 
 def _serve(link: Connection, name: str, each: int) -> None:
-    """The life of a process: makes its environments, then answers tries and actions with views."""
+    """The life of a process: tells the size of actions, then answers what it is sent with views."""
     try:
-        stage = Stage(name, each)
-        link.send(stage.seats[0].environment.unwrapped.action_space.shape[0])
-        while True:
-            message = link.recv()
-            actions = isinstance(message, np.ndarray)
-            link.send(stage.step(message) if actions else stage.begin(message))
+        with tempfile.TemporaryDirectory() as folder:
+            tempfile.tempdir = folder  # each maze leaves a file behind
+            _answer(link, Stage(name, each))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return  # the other side has ended
     except UserError as error:
@@ -275,6 +286,14 @@ def _serve(link: Connection, name: str, each: int) -> None:
         traceback.print_exc()
         reason = (str(error).strip().splitlines() or ["without a word"])[0]
         link.send(UserError(f"environment {name!r} raised {type(error).__name__}: {reason}"))
+
+
+def _answer(link: Connection, stage: Stage) -> NoReturn:
+    link.send(stage.seats[0].environment.unwrapped.action_space.shape[0])
+    while True:
+        message = link.recv()
+        actions = isinstance(message, np.ndarray)
+        link.send(stage.step(message) if actions else stage.begin(message))
 
 
 def _make(name: str) -> Any:
