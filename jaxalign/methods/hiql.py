@@ -121,7 +121,7 @@ def init(config: Config, observation_size: int, action_size: int, key: Array) ->
         name: net.init(k) for (name, net), k in zip(nets._asdict().items(), keys, strict=True)
     }
     slow = {"value": jax.tree.map(jnp.copy, params["value"])}
-    return states.create(params, _optimizer(config), slow=slow)
+    return states.create(params, make_optimizer(config), slow=slow)
 
 
 def update(
@@ -137,7 +137,7 @@ def update(
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     trained = {"value": state.params["value"]}
     slow = steps.follow(state.slow, trained, 1 - config.target_rate)
-    state = steps.apply_gradient(state, gradient, _optimizer(config))
+    state = steps.apply_gradient(state, gradient, make_optimizer(config))
     return state._replace(step=state.step + 1, slow=slow), metrics
 
 
@@ -248,6 +248,20 @@ def value(config: Config, params: Params, observation: Array, goal: Array) -> Ar
     return nets.value.apply(params["value"], observation, phi).mean(0)
 
 
+def subgoal(
+    config: Config, params: Params, observation: Array, goal: Array, candidates: Array
+) -> Array:
+    """Indices `[B]` of the candidates `[C, O]` that resemble most the subgoals set on the way from
+    observations to goals `[B, O]`: those with the largest product of representations."""
+    nets = networks(config, observation.shape[-1], mlp.action_size(params["low"]))
+    wanted = _to_length(nets.high.apply(params["high"], observation, goal).mean)
+    shape = (observation.shape[0], *candidates.shape)
+    here = jnp.broadcast_to(observation[:, None], shape)
+    there = jnp.broadcast_to(candidates[None], shape)
+    phis = nets.representation.apply(params["representation"], here, there)
+    return jnp.einsum("bcd,bd->bc", phis, wanted).argmax(1)
+
+
 def _to_length(vector: Array) -> Array:
     """`[B, d]`, scaled to length sqrt(d)."""
     length = jnp.linalg.norm(vector, axis=-1, keepdims=True)
@@ -269,5 +283,6 @@ def _regression(
     }
 
 
-def _optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """One Adam for all networks."""
     return optax.adam(config.learning_rate)

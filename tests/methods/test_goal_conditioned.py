@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.core import mesh as meshes
 from jaxalign.core.types import UserError
 from jaxalign.methods import crl, gcbc, gciql, gcivl, hiql, qrl
+from jaxalign.ops import goals
 from jaxalign.ops.goals import Batch, Goals
 
 S, A, D, B = 3, 2, 8, 16  # sizes of states, actions, representations, batches
@@ -204,15 +207,10 @@ LITERAL = {
 }
 
 
-@functools.cache
-def measured(method):
-    """Loss, metrics and gradient; methods without slow networks take none."""
-
-    def loss(params, slow, batch):
-        given = (slow,) if slow else ()
-        return method.loss(CONFIGS[method], params, *given, batch)
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+def measure(method, batch):
+    """Metrics of an update and the gradient it took: Adam's first average is a tenth of it."""
+    after, metrics = updated(method)(CONFIGS[method], start(method), batch, KEY)
+    return metrics, jax.tree.map(lambda average: 10 * average, after.opt_state[0].mu)
 
 
 @pytest.mark.parametrize("method", NEIGHBOURS, ids=name)
@@ -223,11 +221,11 @@ def test_losses_and_gradients_are_those_of_the_formulas(method):
         terms = LITERAL[method](CONFIGS[method], params, state.slow, b)
         return sum(terms.values()), terms
 
-    (loss, metrics), gradient = measured(method)(state.params, state.slow, b)
+    metrics, gradient = measure(method, b)
     (total, terms), expected = jax.jit(jax.value_and_grad(literal, has_aux=True))(state.params)
     for term, number in terms.items():
         np.testing.assert_allclose(metrics[term], number, rtol=1e-5, err_msg=term)
-    np.testing.assert_allclose(loss, total, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * float(abs(e).max())),
         gradient,
@@ -251,10 +249,10 @@ def test_slow_networks_follow_the_parameters_before_the_step(method):
 
 
 def test_lambda_rises_where_steps_are_too_long_and_falls_where_they_are_short():
-    state, b = start(qrl), make_batch()
+    b = make_batch()
     for distance, falls in ((0.0, True), (50.0, False)):
         far = b._replace(next_observation=b.observation + distance)
-        (_, metrics), gradient = measured(qrl)(state.params, None, far)
+        metrics, gradient = measure(qrl, far)
         assert (metrics["value_excess"] < CONFIGS[qrl].slack) == falls
         # A gradient is descended.
         assert (gradient["log_lambda"] > 0) == falls
@@ -279,6 +277,17 @@ def test_seeds_in_one_program_learn_what_they_learn_alone(method):
             together,
             alone,
         )
+
+
+@pytest.mark.parametrize("method", [hiql, crl], ids=name)
+def test_a_batch_on_eight_devices_is_one_batch(method):
+    mesh = meshes.make_mesh(meshes.parse_mesh("data=8"))
+    state = jax.device_put(start(method), meshes.replicated(mesh))
+    batch = jax.device_put(make_batch(), meshes.batch_sharding(mesh))
+    assert len(batch.action.sharding.device_set) == 8
+    spread = updated(method)(CONFIGS[method], state, batch, KEY)
+    alone = updated(method)(CONFIGS[method], start(method), make_batch(), KEY)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), spread, alone)
 
 
 @pytest.mark.parametrize("method", CONFIGS, ids=name)
@@ -322,6 +331,81 @@ def test_the_value_of_a_quasimetric_is_minus_a_distance():
     expected = -literal_distance(state.params, *there)
     ours = value(state.params, b.observation, b.value_goal)
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+SPEED, NEAR = 0.1, 0.1  # of a step of length 1 on the square [-1, 1]^2; how near counts as reached
+
+
+class Walks(NamedTuple):
+    observations: jax.Array
+    actions: jax.Array
+    end: jax.Array
+    valid: jax.Array
+
+
+def noisy_walks(count=200, steps=40):
+    """Straight walks to random places of an open square, one after the other, with much noise."""
+    rng = np.random.default_rng(0)
+    place, goal = rng.uniform(-1, 1, (2, count, 2))
+    places, actions = [place], []
+    for _ in range(steps):
+        arrived = np.linalg.norm(goal - place, axis=1, keepdims=True) < 1.5 * NEAR
+        goal = np.where(arrived, rng.uniform(-1, 1, (count, 2)), goal)
+        direction = (goal - place) / np.linalg.norm(goal - place, axis=1, keepdims=True)
+        actions.append(np.clip(direction + rng.normal(0, 0.5, (count, 2)), -1, 1))
+        place = np.clip(place + SPEED * actions[-1], -1, 1)
+        places.append(place)
+    actions.append(np.zeros((count, 2)))
+    index = np.arange(count * (steps + 1))
+    end = index // (steps + 1) * (steps + 1) + steps
+    return Walks(
+        jnp.asarray(np.stack(places, 1).reshape(-1, 2), jnp.float32),
+        jnp.asarray(np.stack(actions, 1).reshape(-1, 2), jnp.float32),
+        jnp.asarray(end, jnp.int32),
+        jnp.asarray(index[index != end], jnp.int32),
+    )
+
+
+def success(act):
+    """The share of 200 random goals that `act(place, goal)` reaches within 40 steps."""
+    place, goal = jax.random.uniform(jax.random.key(5), (2, 200, 2), minval=-1, maxval=1)
+
+    def step(carry, _):
+        place, reached = carry
+        place = (place + SPEED * act(place, goal)).clip(-1, 1)
+        return (place, reached | (jnp.linalg.norm(place - goal, axis=1) < NEAR)), None
+
+    (_, reached), _ = jax.lax.scan(step, (place, jnp.zeros(200, bool)), length=40)
+    return reached.mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [hiql, gcivl], ids=name)
+def test_goals_are_reached(method, optimised):
+    config = dataclasses.replace(
+        CONFIGS[method],
+        goals=Goals(discount=0.95, subgoal_steps=6),
+        batch=256,
+        learning_rate=3e-3,
+        target_rate=0.02,
+        value_hidden=(32, 32),
+        actor_hidden=(32, 32),
+    )
+
+    @jax.jit
+    def learn(data):
+        def step(state, key):
+            batch = goals.sample(data, config.goals, key, config.batch)
+            return method.update(config, state, batch, key)[0], None
+
+        state = method.init(config, 2, 2, KEY)
+        state, _ = jax.lax.scan(step, state, jax.random.split(jax.random.key(1), 800))
+        return success(lambda place, goal: method.act(config, state.params, place, goal, KEY, 0.0))
+
+    assert learn(noisy_walks()) > 0.8
+    assert success(lambda place, _: jnp.zeros_like(place) + 0.5) < 0.2
 
 
 @pytest.mark.parametrize(
