@@ -315,7 +315,7 @@ def _push(position: Array, walls: Array) -> Array:
 def _runge_kutta(position: Array, velocity: Array, walls: Array) -> tuple[Array, Array]:
     """One step of fourth order: position and velocity `[2, K]`.
 
-    A loop over its stages, as written out they take four times as long to compile.
+    A loop over its stages, as written out they take longer to compile and are no faster.
     """
 
     def stage(carry: tuple[Array, ...], how: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
