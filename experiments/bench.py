@@ -3,6 +3,7 @@
     rollout, update, stage    B2-DiffuRL on pictures, here
     decode, tail              responses of language models, in `bench_decode`
     rlhf                      a whole PPO iteration on a language model, in `bench_rlhf`
+    hiql, attempts            offline goal-conditioned learning and its judging, in `bench_hiql`
 
 Here the compiled program at the size of the `sprites` preset is timed against the same algorithm as
 Python loops over compiled single steps (`bench_loops`) and, where torch is installed, against the
@@ -37,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import bench_decode, bench_rlhf, cli
+from experiments import bench_decode, bench_hiql, bench_rlhf, cli
 from experiments.b2_diffurl import sprites
 from experiments.bench_loops import Batched, Loop, Pieces, Released
 from experiments.measuring import (
@@ -115,6 +116,7 @@ CASES = {
     "stage": stage,
     **bench_decode.CASES,
     **bench_rlhf.CASES,
+    **bench_hiql.CASES,
 }
 
 
@@ -421,9 +423,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.use_all_cores()
         # A program out of the cache would show no compile time.
         jax.config.update("jax_enable_compilation_cache", False)
-        {Bench: run, bench_decode.Bench: bench_decode.run, bench_rlhf.Bench: bench_rlhf.run}[
-            type(asked.config)
-        ](asked.config)
+        others = {part.Bench: part.run for part in (bench_decode, bench_rlhf, bench_hiql)}
+        others.get(type(asked.config), run)(asked.config)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import cli, comparison, language_report, pages
+from experiments import cli, comparison, language_report, offline_report, pages
 from experiments.comparison import LISTS, REWARD, Comparison, Samples
 from experiments.pages import Column, interval, number, text_table
 from experiments.statistics import Estimate, mean_interval, paired_difference
@@ -102,8 +103,8 @@ def table(workdir: str | Path) -> str:
     Raises: UserError when `workdir` is no run.
     """
     run = comparison.read(workdir)
-    if of_language(run):
-        return language_report.table(run)
+    if other := _of_another_kind(run):
+        return other.table(run)
     shown = [column.metric for column in COLUMNS]
     picked = [shown.index(metric) for metric in _NARROW]
     rows = {name: [row[i] for i in picked] for name, row in final_numbers(run).items()}
@@ -142,31 +143,35 @@ def build(workdir: str | Path) -> Path:
     """
     run = comparison.read(workdir)
     try:
-        from experiments import language_plots, plots
+        from experiments import language_plots, maze_plots, plots
     except ImportError as error:
         raise UserError(
             "the report needs matplotlib; pip install 'jaxalign[report]', then "
             f"{COMMAND} {run.directory}"
         ) from error
-    language = of_language(run)
+    other = _of_another_kind(run)
+    drawing = {language_report: language_plots, offline_report: maze_plots}.get(other, plots)
     pictures = {}
-    for name, figure in (language_plots if language else plots).figures(run):
+    for name, figure in drawing.figures(run):
         pictures[name] = plots.png(figure)
         with replacing(run.directory / f"{name}.png") as temporary:
             temporary.write_bytes(pictures[name])
-    text = (language_report.page if language else page)(run, pictures)
+    text = (other.page if other else page)(run, pictures)
     target = run.directory / "report.html"
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return target
 
 
-def of_language(run: Comparison) -> bool:
-    """Whether the run aligned a language model; else it is one of pictures.
+def _of_another_kind(run: Comparison) -> types.ModuleType | None:
+    """The report of a run that is none of pictures.
 
-    The first kind says from which `source` its prompts come, the second which `world` is drawn.
+    Runs of language say from which `source` their prompts come, those that reach goals their
+    `task`; those of pictures which `world` is drawn.
     """
-    return "source" in run.config
+    if "source" in run.config:
+        return language_report
+    return offline_report if "task" in run.config else None
 
 
 def page(run: Comparison, pictures: Mapping[str, bytes]) -> str:

@@ -52,6 +52,7 @@ LAZY = [
 # These are themselves imported where they are used.
 MAY_IMPORT = {
     "experiments/plots.py": "matplotlib",
+    "experiments/maze_plots.py": "matplotlib",  # through plots
     "experiments/bench_torch.py": "torch",
     "experiments/bench_rlhf_torch.py": "torch",
 }
