@@ -239,6 +239,20 @@ def test_the_value_is_the_mean_of_the_trained_heads():
     np.testing.assert_allclose(ours, (one + two) / 2, rtol=1e-4, atol=1e-6)
 
 
+def test_the_subgoal_shown_is_the_candidate_of_the_nearest_representation():
+    state, b = start(), batch()
+    high, candidates = state.params["high"]["mean"], b.low_goal[:7]
+    wanted = net(high, b.observation, b.high_goal)
+    wanted = wanted / jnp.linalg.norm(wanted, axis=-1, keepdims=True) * D**0.5
+    distances = [
+        ((phi(state.params["representation"], b.observation, there) - wanted) ** 2).sum(-1)
+        for there in (jnp.broadcast_to(c[None], b.observation.shape) for c in candidates)
+    ]
+    ours = hiql.subgoal(CONFIG, state.params, b.observation, b.high_goal, candidates)
+    np.testing.assert_array_equal(ours, np.argmin(distances, axis=0))
+    assert len(set(ours.tolist())) > 1
+
+
 def test_the_two_settings():
     ours, theirs = hiql.Config(), hiql.original()
     assert (ours.low_alpha, ours.high_alpha, theirs.low_alpha, theirs.high_alpha) == (3, 3, 1, 1)
