@@ -1,9 +1,9 @@
 """How fast HIQL learns and is judged, and beside what; a part of `python -m experiments.bench`.
 
-`hiql` times updates of OGBench's medium point maze: many in one compiled program with the data on
-the device, against two loops of the usual structure, in which NumPy draws the goals and each update
-is a call of a compiled function. `loop` calls this project's update; `loop_plain` one in which
-every term of the losses calls the networks it needs, as the formulas have it.
+`hiql` times updates of OGBench's medium point maze: many updates of all seeds in one compiled
+program with the data on the device, against a loop of the usual structure, in which NumPy draws the
+goals, each update is a call of a compiled function, and seeds come one after the other. Both make
+the same update.
 `attempts` times attempts at the maze's tasks with a random policy, nearly all of which last to the
 horizon: compiled, all side by side, against OGBench's own environment where it is installed.
 
@@ -30,13 +30,10 @@ from experiments.measuring import COMPILED, Column, Thunk, Variant, measure, sho
 from experiments.offline import Experiment
 from experiments.ogbench_settings import settings
 from jaxalign.core import mesh as meshes
-from jaxalign.core import step as steps
 from jaxalign.core.state import TrainState
-from jaxalign.core.types import Array, Params, UserError
+from jaxalign.core.types import UserError
 from jaxalign.data.trajectories import Trajectories
 from jaxalign.methods import hiql
-from jaxalign.ops import expectile, gaussian
-from jaxalign.ops import policy_extraction as pe
 from jaxalign.ops.goals import Batch
 
 TASK = "pointmaze-medium-navigate"
@@ -49,7 +46,8 @@ class Bench:
     case: Literal["hiql", "attempts"]
     widths: tuple[int, ...] = (512, 128)  # of three hidden layers
     batch: int = 1024
-    updates: int = 50  # in a turn
+    updates: int = 30  # of each seed, in a turn
+    seeds: int = 2
     attempts: int = 50  # at each of the five tasks
     real_attempts: int = 2  # the same of the real environment, which is slow
     data_episodes: int = 100
@@ -57,7 +55,15 @@ class Bench:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch", "updates", "attempts", "real_attempts", "data_episodes", "repeats"):
+        for name in (
+            "batch",
+            "updates",
+            "seeds",
+            "attempts",
+            "real_attempts",
+            "data_episodes",
+            "repeats",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
 
@@ -76,7 +82,7 @@ CASES = {"hiql": updates, "attempts": attempts}
 
 
 class Problem(NamedTuple):
-    """What all implementations are given. state: of one seed, not donated."""
+    """What all implementations are given. state: of all seeds, not donated."""
 
     lab: offline.Lab
     config: hiql.Config
@@ -91,8 +97,12 @@ def make_problem(bench: Bench, width: int) -> Problem:
         task=TASK, data_episodes=bench.data_episodes, arms=("hiql",), hiql=config
     )
     lab = offline.make_lab(experiment)
-    state = offline.start_state(hiql, config, lab.data, [bench.seed])
-    return Problem(lab, config, jax.device_put(state, meshes.replicated(lab.mesh)))
+    return Problem(lab, config, offline.start_state(hiql, config, lab.data, seeds_of(bench)))
+
+
+def seeds_of(bench: Bench) -> list[int]:
+    """The seeds that learn."""
+    return list(range(bench.seed, bench.seed + bench.seeds))
 
 
 # --- updates --------------------------------------------------------------------------------------
@@ -100,39 +110,40 @@ def make_problem(bench: Bench, width: int) -> Problem:
 
 def compiled_updates(problem: Problem, bench: Bench) -> Variant:
     """All updates of a turn as one program."""
-    rows = meshes.batch_sharding(problem.lab.mesh)
-    train = offline.make_training(hiql, problem.config, [bench.seed], bench.updates, rows)
+    start, rows = offline.spread(problem.state, problem.lab.mesh)
+    train = offline.make_training(hiql, problem.config, seeds_of(bench), bench.updates, rows)
     key = jax.device_put(jax.random.key(bench.seed), meshes.replicated(problem.lab.mesh))
 
     def prepare(turn: int) -> Thunk:
-        state = jax.block_until_ready(jax.tree.map(jnp.copy, problem.state))
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, start))
         return lambda: jax.block_until_ready(train(state, problem.lab.data, key))
 
-    return Variant(COMPILED, prepare, lambda _: bench.updates)
+    return Variant(COMPILED, prepare, lambda _: bench.seeds * bench.updates)
 
 
-def loop(problem: Problem, bench: Bench, name: str, plain: bool) -> Variant:
-    """NumPy draws a batch, a compiled function updates, and so on."""
+def loop(problem: Problem, bench: Bench) -> Variant:
+    """NumPy draws a batch, a compiled function updates, and so on, seed by seed."""
     data = jax.tree.map(np.asarray, problem.lab.data)
     one = jax.tree.map(lambda leaf: leaf[0] if leaf.ndim else leaf, problem.state)
-    update = plain_update if plain else hiql.update
-    compiled = jax.jit(functools.partial(update, problem.config), donate_argnums=0)
+    update = jax.jit(functools.partial(hiql.update, problem.config), donate_argnums=0)
     rows = meshes.batch_sharding(problem.lab.mesh)
 
     def prepare(turn: int) -> Thunk:
         rng = np.random.default_rng(turn)
-        state = jax.block_until_ready(jax.tree.map(jnp.copy, one))
+        states = [jax.tree.map(jnp.copy, one) for _ in range(bench.seeds)]
+        jax.block_until_ready(states)
 
-        def learn() -> TrainState:
-            key, own = jax.random.key(turn), state
-            for _ in range(bench.updates):
-                batch = jax.device_put(draw(data, problem.config, rng), rows)
-                own, _ = compiled(own, batch, key)
-            return jax.block_until_ready(own)
+        def learn() -> list[TrainState]:
+            key = jax.random.key(turn)
+            for seed in range(bench.seeds):
+                for _ in range(bench.updates):
+                    batch = jax.device_put(draw(data, problem.config, rng), rows)
+                    states[seed], _ = update(states[seed], batch, key)
+            return jax.block_until_ready(states)
 
         return learn
 
-    return Variant(name, prepare, lambda _: bench.updates)
+    return Variant("loop", prepare, lambda _: bench.seeds * bench.updates)
 
 
 def draw(data: Trajectories, config: hiql.Config, rng: np.random.Generator) -> Batch:
@@ -159,61 +170,12 @@ def draw(data: Trajectories, config: hiql.Config, rng: np.random.Generator) -> B
     )  # fmt: skip
 
 
-def plain_loss(config: hiql.Config, params: Params, slow: Params, batch: Batch) -> Array:
-    """`hiql.loss`, term by term: each calls the networks for itself."""
-    nets = hiql.networks(config, batch.observation.shape[-1], batch.action.shape[-1])
-    frozen = jax.lax.stop_gradient(params)
-
-    def phi(weights: Params, s: Array, g: Array) -> Array:
-        return nets.representation.apply(weights["representation"], s, g)
-
-    def heads(weights: Params, values: Params, s: Array, g: Array) -> Array:
-        return nets.value.apply(values, s, phi(weights, s, g))
-
-    def advantage(s: Array, ahead: Array, g: Array) -> Array:
-        return (
-            heads(frozen, frozen["value"], ahead, g) - heads(frozen, frozen["value"], s, g)
-        ).mean(0)
-
-    s, ahead = batch.observation, batch.next_observation
-    value = expectile.twin_value_loss(
-        heads(params, params["value"], s, batch.value_goal),
-        heads(frozen, slow["value"], s, batch.value_goal),
-        heads(frozen, slow["value"], ahead, batch.value_goal),
-        batch.reward,
-        batch.mask,
-        config.goals.discount,
-        config.expectile,
-    )
-    low = nets.low.apply(params["low"], s, phi(frozen, s, batch.low_goal))
-    high = nets.high.apply(params["high"], s, batch.high_goal)
-    low_weight = pe.awr_weight(advantage(s, ahead, batch.low_goal), config.low_alpha)
-    high_advantage = advantage(s, batch.high_target, batch.high_goal)
-    high_weight = pe.awr_weight(high_advantage, config.high_alpha)
-    low_density = gaussian.log_density(low, batch.action)
-    high_density = gaussian.log_density(high, phi(frozen, s, batch.high_target))
-    return value.mean() - (low_weight * low_density).mean() - (high_weight * high_density).mean()
-
-
-def plain_update(
-    config: hiql.Config, state: TrainState, batch: Batch, key: Array
-) -> tuple[TrainState, dict[str, Array]]:
-    """`hiql.update` with `plain_loss`."""
-    value, gradient = jax.value_and_grad(plain_loss, argnums=1)(
-        config, state.params, state.slow, batch
-    )
-    slow = steps.follow(state.slow, {"value": state.params["value"]}, 1 - config.target_rate)
-    state = steps.apply_gradient(state, gradient, hiql.make_optimizer(config))
-    return state._replace(step=state.step + 1, slow=slow), {"loss": value}
-
-
 def run_updates(bench: Bench, width: int) -> list[dict[str, Any]]:
     """Measures one width; a line for each implementation."""
     problem = make_problem(bench, width)
     variants = [
         compiled_updates(problem, bench),
-        loop(problem, bench, "loop", plain=False),
-        loop(problem, bench, "loop_plain", plain=True),
+        loop(problem, bench),
     ]
     timings = measure(variants, bench.repeats)
     return [
@@ -223,7 +185,8 @@ def run_updates(bench: Bench, width: int) -> list[dict[str, Any]]:
             "batch": bench.batch,
             "implementation": each.name,
             **summary(timings, each.name),
-            "updates_per_second": bench.updates / timings[each.name].median,
+            "seeds": bench.seeds,
+            "updates_per_second": bench.seeds * bench.updates / timings[each.name].median,
         }
         for each in variants
     ]

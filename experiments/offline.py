@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import types
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -146,6 +147,23 @@ def start_state(
     keys = jax.vmap(jax.random.key)(np.asarray(seeds))
     state = jax.jit(jax.vmap(lambda key: method.init(config, *sizes, key)))(keys)
     return state._replace(step=jnp.zeros((), jnp.int32))
+
+
+def spread(
+    state: TrainState, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, jax.sharding.NamedSharding | None]:
+    """The state on the devices, and how its batches lie there.
+
+    Seeds are dealt out to the devices where they divide, as they have nothing to tell each other;
+    else every device has all of them and a part of each batch.
+    """
+    everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
+    seeds = jax.tree.leaves(state.params)[0].shape[0]
+    dealt = seeds % math.prod(mesh.shape[axis] for axis in meshes.data_axes(mesh)) == 0
+    parts = state._replace(step=None)  # ty: ignore[invalid-argument-type]
+    parts = jax.device_put(parts, rows if dealt else everywhere)
+    step = jax.device_put(state.step, everywhere)
+    return parts._replace(step=step), None if dealt else rows
 
 
 def make_training(
@@ -316,10 +334,8 @@ def train_arm(
     directories: of the arm, by seed. The checkpoints lie in the first one.
     """
     method, own, seeds = METHODS[arm], getattr(config, arm), list(directories)
-    state = start_state(method, own, lab.data, seeds)
-    given = (state, jax.random.key(config.seed))
-    state, key = jax.device_put(given, meshes.replicated(lab.mesh))
-    rows = meshes.batch_sharding(lab.mesh)
+    state, rows = spread(start_state(method, own, lab.data, seeds), lab.mesh)
+    key = jax.device_put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
     step = make_training(method, own, seeds, config.at_once, rows)
     evaluation = make_evaluation(lab, config, arm, seeds, real)
 

@@ -197,27 +197,26 @@ def loss(
 
 
 def _fixed(nets: Networks, params: Params, slow: Params, batch: Batch, phi: Array) -> Fixed:
-    """All of it in three calls: phi on 6 B rows, the trained heads on 4 B, the slow ones on 2 B.
+    """phi: `[B, d]` of s and the values' goal, which is known already.
 
-    phi: `[B, d]` of s and the values' goal, which is known already. The rows of a transition lie
-    side by side, so that a batch sharded over devices stays where it is.
+    Each term calls the networks on its own B rows. Fewer calls on stacked rows were 1.1 to 1.3
+    times as slow on CPUs, where their arrays leave the cache.
     """
-    s, ahead = batch.observation, batch.next_observation
-    low, high, target = batch.low_goal, batch.high_goal, batch.high_target
-    # The first four of each transition are those of the advantages: before and after, low and high.
-    state = jnp.stack([s, ahead, s, target, ahead, s], axis=1)
-    goal = jnp.stack([low, low, high, high, batch.value_goal, target], axis=1)
-    phis = nets.representation.apply(params["representation"], state, goal)
-    values = nets.value.apply(params["value"], state[:, :4], phis[:, :4]).mean(0)
-    pair, pair_phi = jnp.stack([s, ahead], axis=1), jnp.stack([phi, phis[:, 4]], axis=1)
-    slow_values = nets.value.apply(slow["value"], pair, pair_phi)
+    s, ahead, target = batch.observation, batch.next_observation, batch.high_target
+
+    def represent(state: Array, goal: Array) -> Array:
+        return nets.representation.apply(params["representation"], state, goal)
+
+    def mean_value(state: Array, goal: Array) -> Array:
+        return nets.value.apply(params["value"], state, represent(state, goal)).mean(0)
+
     return Fixed(
-        subgoal=phis[:, 0],
-        target=phis[:, 5],
-        low_advantage=values[:, 1] - values[:, 0],
-        high_advantage=values[:, 3] - values[:, 2],
-        slow_value=slow_values[..., 0],
-        slow_next=slow_values[..., 1],
+        subgoal=represent(s, batch.low_goal),
+        target=represent(s, target),
+        low_advantage=mean_value(ahead, batch.low_goal) - mean_value(s, batch.low_goal),
+        high_advantage=mean_value(target, batch.high_goal) - mean_value(s, batch.high_goal),
+        slow_value=nets.value.apply(slow["value"], s, phi),
+        slow_next=nets.value.apply(slow["value"], ahead, represent(ahead, batch.value_goal)),
     )
 
 

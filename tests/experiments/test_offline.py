@@ -98,10 +98,12 @@ def test_a_preset_is_one_program_at_full_size(arm):
 # --- training -------------------------------------------------------------------------------------
 
 
-def trained(lab, seeds, rows=None, dispatches=2):
-    step = offline.make_training(offline.METHODS["hiql"], TINY.hiql, seeds, 5, rows)
+def trained(lab, seeds, dispatches=2):
     state = offline.start_state(offline.METHODS["hiql"], TINY.hiql, lab.data, seeds)
-    state, key = jax.device_put((state, jax.random.key(3)), meshes.replicated(lab.mesh))
+    state, rows = offline.spread(state, lab.mesh)
+    assert (rows is None) == (len(seeds) % 8 == 0)
+    key = jax.device_put(jax.random.key(3), meshes.replicated(lab.mesh))
+    step = offline.make_training(offline.METHODS["hiql"], TINY.hiql, seeds, 5, rows)
     for i in range(dispatches):
         state, log = step(state, lab.data, jax.random.fold_in(key, i))
     assert step._cache_size() == 1 and int(state.step) == dispatches
@@ -109,11 +111,12 @@ def trained(lab, seeds, rows=None, dispatches=2):
 
 
 def test_a_seed_does_not_hang_on_the_others_nor_on_devices(lab):
-    several, log = trained(lab, [4, 7], meshes.batch_sharding(lab.mesh))
+    """Eight seeds on eight devices, one each, and one seed whose batches are shared."""
+    several, log = trained(lab, list(range(8)))
     alone, own = trained(lab, [7])
     assert set(own) == {name for name in log if name.startswith("7/")}
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a[1], b[0], rtol=1e-4, atol=1e-5),
+        lambda a, b: np.testing.assert_allclose(a[7], b[0], rtol=1e-4, atol=1e-5),
         several.params,
         alone.params,
     )
