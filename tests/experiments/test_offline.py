@@ -26,11 +26,16 @@ from jaxalign.ops import goals
 
 TINY = presets.tiny()
 FAST = dataclasses.replace(TINY, evaluate_every=TINY.updates, attempts=1)
+HORIZON = 20
 
 
 @pytest.fixture(scope="module")
 def lab():
-    return offline.make_lab(TINY)
+    """The tiny preset's, on two devices."""
+    made = offline.make_lab(TINY)
+    mesh = meshes.make_mesh({"data": 2}, jax.devices()[:2])
+    data, maze = jax.device_put((made.data, made.maze), meshes.replicated(mesh))
+    return made._replace(data=data, maze=maze, mesh=mesh)
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -101,7 +106,7 @@ def test_a_preset_is_one_program_at_full_size(arm):
 def trained(lab, seeds, dispatches=2):
     state = offline.start_state(offline.METHODS["hiql"], TINY.hiql, lab.data, seeds)
     state, rows = offline.spread(state, lab.mesh)
-    assert (rows is None) == (len(seeds) % 8 == 0)
+    assert (rows is None) == (len(seeds) == 2)
     key = jax.device_put(jax.random.key(3), meshes.replicated(lab.mesh))
     step = offline.make_training(offline.METHODS["hiql"], TINY.hiql, seeds, 5, rows)
     for i in range(dispatches):
@@ -111,12 +116,12 @@ def trained(lab, seeds, dispatches=2):
 
 
 def test_a_seed_does_not_hang_on_the_others_nor_on_devices(lab):
-    """Eight seeds on eight devices, one each, and one seed whose batches are shared."""
-    several, log = trained(lab, list(range(8)))
+    """Two seeds on two devices, one each, and one seed whose batches are shared."""
+    several, log = trained(lab, [4, 7])
     alone, own = trained(lab, [7])
     assert set(own) == {name for name in log if name.startswith("7/")}
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a[7], b[0], rtol=1e-4, atol=1e-5),
+        lambda a, b: np.testing.assert_allclose(a[1], b[0], rtol=1e-4, atol=1e-5),
         several.params,
         alone.params,
     )
@@ -166,7 +171,9 @@ def finished(lab, tmp_path_factory):
         directory.mkdir()
         own = dataclasses.asdict(dataclasses.replace(config, seed=seed))
         (directory / "config.json").write_text(json.dumps(own))
-    offline.run_arms(lab, config, directories, resume=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offline.pointmaze, "HORIZON", HORIZON)
+        offline.run_arms(lab, config, directories, resume=False)
     return root
 
 
@@ -186,7 +193,7 @@ def test_a_run_leaves_numbers_walks_and_a_report(finished):
     places = len(hiql.place)
     assert hiql.value.shape == (5, places) and hiql.subgoal.shape == (5, places, 2)
     assert walks["crl"].subgoal is None
-    assert (hiql.position.shape[0] == offline.pointmaze.HORIZON + 1) and (hiql.reached >= 0).all()
+    assert (hiql.position.shape[0] == HORIZON + 1) and (hiql.reached >= 0).all()
     assert np.isfinite(offline_report.last_three(run.of("hiql"), "success")).all()
 
 
