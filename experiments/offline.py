@@ -448,7 +448,7 @@ def run_arms(
             own = {seed: directory / arm for seed, directory in directories.items()}
             train_arm(lab, config, arm, own, real, resume=resume)
     for directory in directories.values():
-        result: dict[str, Any] = {"data": dict(lab.provenance)}
+        result: dict[str, Any] = {f"data/{n}": str(v) for n, v in lab.provenance.items()}
         for arm in config.arms:
             numbers = json.loads((directory / arm / "result.json").read_text())
             result |= {f"{arm}/{name}": v for name, v in numbers.items() if name != "arm"}

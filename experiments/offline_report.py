@@ -97,10 +97,10 @@ def published(run: Comparison) -> str:
 def provenance(run: Comparison) -> str:
     """Where the data come from, from the first result there is."""
     paths = [run.directory / "result.json", *sorted(run.directory.glob("seed-*/result.json"))]
-    for path in paths:
-        if path.exists() and "data" in (result := json.loads(path.read_text("utf-8"))):
-            return "data: " + ", ".join(f"{name} {value}" for name, value in result["data"].items())
-    return ""
+    results = [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
+    known = results[0].items() if results else ()
+    about = [f"{n.removeprefix('data/')} {v}" for n, v in known if n.startswith("data/")]
+    return "data: " + ", ".join(about) if about else ""
 
 
 def table(run: Comparison) -> str:
