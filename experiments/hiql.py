@@ -56,7 +56,7 @@ def tiny() -> Experiment:
         **settings(task, hidden=(16, 16), batch=32),
         updates=40,
         at_once=10,
-        evaluate_every=20,
+        evaluate_every=40,
         attempts=2,
         save_every=20,
     )
