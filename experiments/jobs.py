@@ -10,11 +10,14 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from experiments import cli
 from jaxalign.core import metrics
+from jaxalign.core.types import UserError
 
 
 class Job(Protocol):
@@ -61,11 +64,21 @@ def run_jobs(
     for worker in range(workers):
         cores.put(available[worker % len(available)])
     done = len(jobs) - len(missing)
+    # An executor, as a pool would wait for ever for the job of a worker that died.
     with (
-        context.Pool(workers, start_worker, (cores,)) as pool,
+        futures.ProcessPoolExecutor(workers, context, start_worker, (cores,)) as pool,
         metrics.Progress(len(jobs), title, done) as bar,
     ):
-        for job in pool.imap_unordered(work, missing):
-            done += 1
-            bar.update(done)
-            print(job, file=sys.stderr)
+        try:
+            for job in futures.as_completed([pool.submit(work, job) for job in missing]):
+                done += 1
+                print(job.result(), file=sys.stderr)
+                bar.update(done)
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    f"{title}: a worker process died, perhaps for want of memory; what is done is "
+                    "kept: go on with --resume, with fewer workers"
+                ) from error
+            raise

@@ -27,7 +27,7 @@ from jaxalign.core import metrics as sinks
 from jaxalign.core.checkpoint import Checkpoints, cached
 from jaxalign.core.loop import Hook, fit
 from jaxalign.core.state import TrainState
-from jaxalign.core.types import Array, Params, PyTree, UserError
+from jaxalign.core.types import Array, Mean, Params, PyTree, UserError
 from jaxalign.data.preferences import Prompts, Responses
 from jaxalign.methods import r3hf, reward_model, supervised
 from jaxalign.models import folders
@@ -35,6 +35,8 @@ from jaxalign.models.scalar_head import ScalarModel, attach_head, with_scalar_he
 from jaxalign.ops import redistribution as rd
 from jaxalign.ops.sampling import Sampling
 from jaxalign.rollout import decode
+
+PAIRS_AT_ONCE = 64  # that are scored: long responses to more of them would not fit in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +166,7 @@ def make_lab(config: Experiment) -> Lab:
         name |= {"calibration": _plain(config.calibration), "n": config.calibration_responses}
         train = functools.partial(calibrate, config, problem, mesh, judge, policy, reward)
         calibrated = cached("calibrated", name, train)
-    accuracy = float(pair_accuracy(judge, reward, problem))
+    accuracy = pair_accuracy(judge, reward, problem)
     return Lab(problem, mesh, policy, scalar, judge, reward, calibrated, accuracy)
 
 
@@ -238,20 +240,27 @@ def calibrate(
             "arms: calibrated prefixes are for one reward model, this source has two; leave out "
             "the calibrated arms"
         )
-    data = sampled(problem, policy, config.calibration_responses, jax.random.key(17))
+    data = sampled(
+        problem, policy, config.calibration_responses, jax.random.key(17), config.rl.rollouts
+    )
     rows, length = meshes.batch_sharding(mesh), problem.decoding.length
     step = reward_model.make_calibration_step(scalar.scores, config.calibration, length, rows)
     state = reward_model.init_calibration(reward, config.calibration)
     return train("calibration", state, step, data, config.calibration.updates, mesh)
 
 
-def sampled(problem: Problem, policy: Params, count: int, key: Array) -> Responses:
-    """Responses of a policy to training prompts."""
+def sampled(problem: Problem, policy: Params, count: int, key: Array, at_once: int) -> Responses:
+    """Responses of a policy to training prompts. at_once: how many are held in memory."""
     prompt_key, key = jax.random.split(key)
     row = jax.random.randint(prompt_key, (count,), 0, problem.prompts.ids.shape[0])
     ids, mask = (jnp.asarray(a)[row] for a in problem.prompts)
-    decoded = jax.jit(functools.partial(_decode, problem, Sampling()))(policy, ids, mask, key)
-    return Responses(decoded.ids, decoded.mask)
+    draw = jax.jit(functools.partial(_decode, problem, Sampling()))
+    parts = []
+    for first in range(0, count, at_once):
+        rows = slice(first, first + at_once)
+        decoded = draw(policy, ids[rows], mask[rows], jax.random.fold_in(key, first))
+        parts.append(Responses(decoded.ids, decoded.mask))
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
 def _decode(
@@ -261,11 +270,16 @@ def _decode(
     return decode.decode(problem.model, policy, ids, mask, key, **how)
 
 
-def pair_accuracy(judge: ScalarModel, reward: Params, problem: Problem) -> Array:
+def pair_accuracy(judge: ScalarModel, reward: Params, problem: Problem) -> float:
     """Share of held-back pairs that the reward model orders as their labels do."""
     params = reward.get("reward", reward)
-    loss = functools.partial(reward_model.preference_loss, judge.scores)
-    return jax.jit(loss)(params, problem.test_pairs, jax.random.key(0))[1]["accuracy"].value()
+    loss = jax.jit(functools.partial(reward_model.preference_loss, judge.scores))
+    pairs, key = problem.test_pairs, jax.random.key(0)
+    ordered = Mean(jnp.zeros(()), jnp.zeros(()))
+    for first in range(0, pairs.chosen.ids.shape[0], PAIRS_AT_ONCE):
+        part = jax.tree.map(lambda a, i=first: a[i : i + PAIRS_AT_ONCE], pairs)
+        ordered += loss(params, part, key)[1]["accuracy"]
+    return float(ordered.value())
 
 
 # --- evaluation -----------------------------------------------------------------------------------
