@@ -104,11 +104,11 @@ def test_a_preset_is_one_program_at_full_size(arm):
 
 
 def trained(lab, seeds, dispatches=2):
-    state = offline.start_state(offline.METHODS["hiql"], TINY.hiql, lab.data, seeds)
+    state = offline.start_state(offline.METHODS["gcbc"], TINY.gcbc, lab.data, seeds)
     state, rows = offline.spread(state, lab.mesh)
     assert (rows is None) == (len(seeds) == 2)
     key = jax.device_put(jax.random.key(3), meshes.replicated(lab.mesh))
-    step = offline.make_training(offline.METHODS["hiql"], TINY.hiql, seeds, 5, rows)
+    step = offline.make_training(offline.METHODS["gcbc"], TINY.gcbc, seeds, 5, rows)
     for i in range(dispatches):
         state, log = step(state, lab.data, jax.random.fold_in(key, i))
     assert step._cache_size() == 1 and int(state.step) == dispatches

@@ -111,8 +111,9 @@ def one_batch(key, offset):
     """Gradients `{name: [s]}` of one batch, the official number kept, and the prefix's share."""
     gradients, kept, share = {}, 0, 0.0
     prompt = jnp.zeros(GROUPS, jnp.int32)
+    drawn = {shared: rollout(key, offset, GROUPS, BRANCHES, shared) for shared in (False, True)}
     for name, (shared, estimate) in ESTIMATORS.items():
-        rewards, score = rollout(key, offset, GROUPS, BRANCHES, shared)
+        rewards, score = drawn[shared]
         pooled = pg.moments_by(jnp.zeros(rewards.size, jnp.int32), rewards.reshape(-1), 1)
         advantage, keep, _ = estimate(rewards, pooled.mean[prompt], pooled.std()[prompt])
         weight = jnp.where(keep, advantage, 0.0)
