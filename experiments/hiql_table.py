@@ -74,9 +74,11 @@ def small(task: str) -> Experiment:
 
 def run(root: Path, config: Table) -> Path:
     """Trains what is not finished; returns the numbers for RESULTS.md."""
-    for task in config.tasks:
-        each = experiment(config, task)
+    experiments = {task: experiment(config, task) for task in config.tasks}
+    for each in experiments.values():
         offline.check(each)
+    env = {"experiment": "hiql", "command": command(config), **metrics.environment()}
+    for task, each in experiments.items():
         folder, seeds = root / task, range(config.seed, config.seed + config.repeats)
         directories = {seed: folder / f"seed-{seed}" for seed in seeds}
         if all((directory / "result.json").exists() for directory in directories.values()):
@@ -85,7 +87,6 @@ def run(root: Path, config: Table) -> Path:
             directory.mkdir(parents=True, exist_ok=True)
             own = dataclasses.asdict(dataclasses.replace(each, seed=seed))
             metrics.write_json(directory / "config.json", own)
-            env = {"experiment": "hiql", "command": command(config), **metrics.environment()}
             metrics.write_json(directory / "env.json", env)
         lab = offline.make_lab(each)
         offline.run_arms(lab, each, directories, resume=True)

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import offline_data, ogbench_settings
-from experiments.ogbench_settings import METHODS
+from experiments.offline_report import last_evaluations
+from experiments.ogbench_settings import METHODS, TASKS
 from experiments.real_envs import RealEnvironments as Real
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
@@ -44,7 +45,6 @@ from jaxalign.methods.qrl import Config as QRL
 from jaxalign.ops import goals
 from jaxalign.rollout import episodes
 
-TASKS = 5
 # Leading axes of a training state's parts: seeds everywhere, but steps are counted together.
 SEEDS = TrainState(step=None, params=0, opt_state=0, slow=0, extra=0)  # ty: ignore[invalid-argument-type]
 
@@ -369,9 +369,6 @@ def train_arm(
     finish_arm(lab, config, arm, state, directories, real)
 
 
-LAST = 3  # evaluations that OGBench takes the mean of
-
-
 def finish_arm(
     lab: Lab,
     config: Experiment,
@@ -387,10 +384,9 @@ def finish_arm(
         extra = rates(found, "real_success")
     for i, (seed, directory) in enumerate(directories.items()):
         rows = sinks.read_json_lines(directory / "metrics.jsonl")
-        last = [row["success"] for row in rows if "success" in row and row["step"]][-LAST:]
         result = {name: value for name, value in rows[-1].items() if name != "step"}
         result |= {name: float(values[i]) for name, values in extra.items()}
-        result["success_last3"] = float(np.mean(last))
+        result["success_last3"] = last_evaluations(rows, "success")
         sinks.write_json(directory / "result.json", {"arm": arm, "seed": seed, **result})
     if lab.maze is not None:
         params = jax.tree.map(lambda leaf: leaf[0], state.params)

@@ -9,17 +9,19 @@ Dimensions: S seeds.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from experiments import pages
 from experiments.comparison import ArmRun, Comparison
-from experiments.ogbench_settings import METHODS, PUBLISHED
+from experiments.ogbench_settings import METHODS, PUBLISHED, TASKS
 from experiments.pages import Column
 from experiments.statistics import Estimate, mean_interval, paired_difference
 
-LAST, TASKS = 3, 5
+LAST = 3  # evaluations that OGBench takes the mean of
 COLUMNS = (
     Column("success (%)", "last three", "success", percent=True),
     *(
@@ -34,8 +36,13 @@ COLUMNS = (
 
 def last_three(runs: Sequence[ArmRun], name: str) -> np.ndarray:
     """`[S]`: the mean of the last three evaluations since training began; NaN without any."""
-    found = [[row[name] for row in run.rows if name in row and row["step"]] for run in runs]
-    return np.array([np.mean(values[-LAST:]) if values else np.nan for values in found])
+    return np.array([last_evaluations(run.rows, name) for run in runs])
+
+
+def last_evaluations(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The mean of a number over the last three evaluations of a run's rows, NaN without any."""
+    found = [row[name] for row in rows if name in row and row["step"]]
+    return float(np.mean(found[-LAST:])) if found else math.nan
 
 
 def of_runs(run: Comparison, arm: str, column: Column) -> np.ndarray:

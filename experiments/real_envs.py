@@ -28,10 +28,10 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
+from experiments.ogbench_settings import TASKS
 from jaxalign.core.types import UserError
 from jaxalign.data import ogbench_play
 
-TASKS = 5
 CLOSING = 5.0  # seconds that a process has to end by itself
 
 # (observation [B, O] f32, goal [B, O] f32) -> action [B, A]

@@ -69,6 +69,21 @@ def apply_gradient(
     return state._replace(params=states.merge(trained, frozen), opt_state=opt_state)
 
 
+def gradient_step(
+    loss: Callable[[Params], tuple[Array, dict[str, Array]]],
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step down `loss`, `params -> (value [], metrics)`, on a batch that it holds.
+
+    For losses that are no mean over items, as where a divisor belongs to the whole batch.
+    """
+    gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
+    state = apply_gradient(state, gradient, optimizer)
+    return state._replace(step=state.step + 1), metrics
+
+
 def warmed_adam(
     learning_rate: float, updates: int, b2: float = 0.999
 ) -> optax.GradientTransformation:

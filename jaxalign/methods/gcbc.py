@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import optax
 
 from jaxalign.core import limits
@@ -53,10 +52,9 @@ def update(
     config: Config, state: TrainState, batch: Batch, key: Array
 ) -> tuple[TrainState, dict[str, Array]]:
     """One gradient step. key: of no use, as the loss draws nothing; other methods' may."""
-    gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(config, state.params, batch)
-    metrics["gradient_norm"] = optax.tree.norm(gradient)
-    state = steps.apply_gradient(state, gradient, _optimizer(config))
-    return state._replace(step=state.step + 1), metrics
+    return steps.gradient_step(
+        lambda params: loss(config, params, batch), _optimizer(config), state
+    )
 
 
 def loss(config: Config, params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:

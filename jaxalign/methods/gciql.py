@@ -68,10 +68,7 @@ def networks(config: Config, observation_size: int, action_size: int) -> Network
 def init(config: Config, observation_size: int, action_size: int, key: Array) -> TrainState:
     """The state before the first update; the slow Q lie in `slow["critic"]`."""
     nets = networks(config, observation_size, action_size)
-    keys = jax.random.split(key, len(nets))
-    params = {
-        name: net.init(k) for (name, net), k in zip(nets._asdict().items(), keys, strict=True)
-    }
+    params = mlp.init_each(nets, key)
     slow = {"critic": jax.tree.map(jnp.copy, params["critic"])}
     return states.create(params, _optimizer(config), slow=slow)
 
@@ -83,14 +80,12 @@ def update(
 
     key: of no use, as the loss draws nothing; other methods' may.
     """
-    gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(
-        config, state.params, state.slow, batch
-    )
-    metrics["gradient_norm"] = optax.tree.norm(gradient)
     trained = {"critic": state.params["critic"]}
     slow = steps.follow(state.slow, trained, 1 - config.target_rate)
-    state = steps.apply_gradient(state, gradient, _optimizer(config))
-    return state._replace(step=state.step + 1, slow=slow), metrics
+    state, metrics = steps.gradient_step(
+        lambda params: loss(config, params, state.slow, batch), _optimizer(config), state
+    )
+    return state._replace(slow=slow), metrics
 
 
 def loss(

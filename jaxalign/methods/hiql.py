@@ -116,10 +116,7 @@ def networks(config: Config, observation_size: int, action_size: int) -> Network
 def init(config: Config, observation_size: int, action_size: int, key: Array) -> TrainState:
     """The state before the first update; the slow value heads lie in `slow["value"]`."""
     nets = networks(config, observation_size, action_size)
-    keys = jax.random.split(key, len(nets))
-    params = {
-        name: net.init(k) for (name, net), k in zip(nets._asdict().items(), keys, strict=True)
-    }
+    params = mlp.init_each(nets, key)
     slow = {"value": jax.tree.map(jnp.copy, params["value"])}
     return states.create(params, make_optimizer(config), slow=slow)
 
@@ -131,14 +128,12 @@ def update(
 
     key: of no use, as the loss draws nothing; other methods' may.
     """
-    gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(
-        config, state.params, state.slow, batch
-    )
-    metrics["gradient_norm"] = optax.tree.norm(gradient)
     trained = {"value": state.params["value"]}
     slow = steps.follow(state.slow, trained, 1 - config.target_rate)
-    state = steps.apply_gradient(state, gradient, make_optimizer(config))
-    return state._replace(step=state.step + 1, slow=slow), metrics
+    state, metrics = steps.gradient_step(
+        lambda params: loss(config, params, state.slow, batch), make_optimizer(config), state
+    )
+    return state._replace(slow=slow), metrics
 
 
 class Fixed(NamedTuple):

@@ -80,10 +80,7 @@ def networks(config: Config, observation_size: int, action_size: int) -> Network
 def init(config: Config, observation_size: int, action_size: int, key: Array) -> TrainState:
     """The state before the first update. "mix" is a logit, the multiplier lambda starts at 1."""
     nets = networks(config, observation_size, action_size)
-    keys = jax.random.split(key, len(nets))
-    params = {
-        name: net.init(k) for (name, net), k in zip(nets._asdict().items(), keys, strict=True)
-    }
+    params = mlp.init_each(nets, key)
     scalars = {"mix": jnp.zeros(()), "log_lambda": jnp.zeros(())}
     return states.create({**params, **scalars}, _optimizer(config))
 
@@ -95,10 +92,9 @@ def update(
 
     key: of no use, as the loss draws nothing; other methods' may.
     """
-    gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(config, state.params, batch)
-    metrics["gradient_norm"] = optax.tree.norm(gradient)
-    state = steps.apply_gradient(state, gradient, _optimizer(config))
-    return state._replace(step=state.step + 1), metrics
+    return steps.gradient_step(
+        lambda params: loss(config, params, batch), _optimizer(config), state
+    )
 
 
 def loss(config: Config, params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:

@@ -121,6 +121,13 @@ def gaussian_actor(
     return Model(init, apply)
 
 
+def init_each(networks: Any, key: Array) -> Params:
+    """Parameters of each network of a NamedTuple of them, by its name."""
+    keys = jax.random.split(key, len(networks))
+    named = zip(networks._asdict().items(), keys, strict=True)
+    return {name: network.init(own) for (name, network), own in named}
+
+
 def action_size(actor: Params) -> int:
     """F of the parameters of a Gaussian actor."""
     return actor["mean"]["out"]["bias"].shape[-1]
