@@ -47,7 +47,7 @@ class Bench:
     widths: tuple[int, ...] = (512, 128)  # of three hidden layers
     batch: int = 1024
     updates: int = 30  # of each seed, in a turn
-    seeds: int = 2
+    learners: int = 2  # seeds, that learn at once here and one after the other in the loop
     attempts: int = 50  # at each of the five tasks
     real_attempts: int = 2  # the same of the real environment, which is slow
     data_episodes: int = 100
@@ -58,7 +58,7 @@ class Bench:
         for name in (
             "batch",
             "updates",
-            "seeds",
+            "learners",
             "attempts",
             "real_attempts",
             "data_episodes",
@@ -102,7 +102,7 @@ def make_problem(bench: Bench, width: int) -> Problem:
 
 def seeds_of(bench: Bench) -> list[int]:
     """The seeds that learn."""
-    return list(range(bench.seed, bench.seed + bench.seeds))
+    return list(range(bench.seed, bench.seed + bench.learners))
 
 
 # --- updates --------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def compiled_updates(problem: Problem, bench: Bench) -> Variant:
         state = jax.block_until_ready(jax.tree.map(jnp.copy, start))
         return lambda: jax.block_until_ready(train(state, problem.lab.data, key))
 
-    return Variant(COMPILED, prepare, lambda _: bench.seeds * bench.updates)
+    return Variant(COMPILED, prepare, lambda _: bench.learners * bench.updates)
 
 
 def loop(problem: Problem, bench: Bench) -> Variant:
@@ -130,12 +130,12 @@ def loop(problem: Problem, bench: Bench) -> Variant:
 
     def prepare(turn: int) -> Thunk:
         rng = np.random.default_rng(turn)
-        states = [jax.tree.map(jnp.copy, one) for _ in range(bench.seeds)]
+        states = [jax.tree.map(jnp.copy, one) for _ in range(bench.learners)]
         jax.block_until_ready(states)
 
         def learn() -> list[TrainState]:
             key = jax.random.key(turn)
-            for seed in range(bench.seeds):
+            for seed in range(bench.learners):
                 for _ in range(bench.updates):
                     batch = jax.device_put(draw(data, problem.config, rng), rows)
                     states[seed], _ = update(states[seed], batch, key)
@@ -143,7 +143,7 @@ def loop(problem: Problem, bench: Bench) -> Variant:
 
         return learn
 
-    return Variant("loop", prepare, lambda _: bench.seeds * bench.updates)
+    return Variant("loop", prepare, lambda _: bench.learners * bench.updates)
 
 
 def draw(data: Trajectories, config: hiql.Config, rng: np.random.Generator) -> Batch:
@@ -185,8 +185,8 @@ def run_updates(bench: Bench, width: int) -> list[dict[str, Any]]:
             "batch": bench.batch,
             "implementation": each.name,
             **summary(timings, each.name),
-            "seeds": bench.seeds,
-            "updates_per_second": bench.seeds * bench.updates / timings[each.name].median,
+            "learners": bench.learners,
+            "updates_per_second": bench.learners * bench.updates / timings[each.name].median,
         }
         for each in variants
     ]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench_hiql, measuring, offline
+from experiments import bench, bench_hiql, cli, measuring, offline
 from experiments.bench_hiql import Bench
 from jaxalign.core.types import UserError
 from jaxalign.ops import goals
@@ -21,7 +21,7 @@ def test_a_line_for_each_implementation_of_an_update(capsys):
     lines = bench_hiql.run(Bench("hiql", **SMALL))
     assert [line["implementation"] for line in lines] == [measuring.COMPILED, "loop"]
     for line in lines:
-        assert line["seeds"] == 2 and line["updates_per_second"] > 0
+        assert line["learners"] == 2 and line["updates_per_second"] > 0
     assert lines[0]["ratio"] == 1.0
     assert "updates/s" in capsys.readouterr().err
 
@@ -44,6 +44,12 @@ def test_the_loop_draws_what_the_program_draws():
         assert (a.shape, a.dtype) == (b.shape, b.dtype), name
         assert np.abs(jnp.mean(a, axis=0) - np.mean(b, axis=0)).max() < 1.5, name
     assert np.mean(theirs.mask) == pytest.approx(float(ours.mask.mean()), abs=0.04)
+
+
+@pytest.mark.parametrize("case", list(bench.CASES))
+def test_the_command_line_takes_every_case(case):
+    """A field must not be called like a flag of all experiments."""
+    assert cli.parse("bench", bench.CASES, "stage", [case]).config == bench.CASES[case]()
 
 
 def test_impossible_sizes():
