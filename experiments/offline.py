@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import types
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import offline_data, ogbench_settings
+from experiments import offline_data, ogbench_settings, seed_axis
 from experiments.offline_report import last_evaluations
 from experiments.ogbench_settings import METHODS, TASKS
 from experiments.real_envs import RealEnvironments as Real
@@ -44,9 +43,6 @@ from jaxalign.methods.hiql import Config as HIQL
 from jaxalign.methods.qrl import Config as QRL
 from jaxalign.ops import goals
 from jaxalign.rollout import episodes
-
-# Leading axes of a training state's parts: seeds everywhere, but steps are counted together.
-SEEDS = TrainState(step=None, params=0, opt_state=0, slow=0, extra=0)  # ty: ignore[invalid-argument-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,28 +138,11 @@ def make_lab(config: Experiment) -> Lab:
 def start_state(
     method: types.ModuleType, config: Any, data: Trajectories, seeds: Sequence[int]
 ) -> TrainState:
-    """Every seed's state before its first update, as one: `SEEDS` says along which axes."""
+    """Every seed's state before its first update, as one: `seed_axis.OF` says along which axes."""
     sizes = data.observations.shape[1], data.actions.shape[1]
     keys = jax.vmap(jax.random.key)(np.asarray(seeds))
     state = jax.jit(jax.vmap(lambda key: method.init(config, *sizes, key)))(keys)
     return state._replace(step=jnp.zeros((), jnp.int32))
-
-
-def spread(
-    state: TrainState, mesh: jax.sharding.Mesh
-) -> tuple[TrainState, jax.sharding.NamedSharding | None]:
-    """The state on the devices, and how its batches lie there.
-
-    Seeds are dealt out to the devices where they divide, as they have nothing to tell each other;
-    else every device has all of them and a part of each batch.
-    """
-    everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    seeds = jax.tree.leaves(state.params)[0].shape[0]
-    dealt = seeds % math.prod(mesh.shape[axis] for axis in meshes.data_axes(mesh)) == 0
-    parts = state._replace(step=None)  # ty: ignore[invalid-argument-type]
-    parts = jax.device_put(parts, rows if dealt else everywhere)
-    step = jax.device_put(state.step, everywhere)
-    return parts._replace(step=step), None if dealt else rows
 
 
 def make_training(
@@ -195,44 +174,11 @@ def make_training(
     ) -> tuple[TrainState, dict[str, Array]]:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(seeds))
         step = state.step + 1
-        many = jax.vmap(learn, in_axes=(SEEDS, None, 0), out_axes=(SEEDS, 0))
+        many = jax.vmap(learn, in_axes=(seed_axis.OF, None, 0), out_axes=(seed_axis.OF, 0))
         state, log = many(state, data, keys)
-        return state._replace(step=step), by_seed(log, seeds)
+        return state._replace(step=step), seed_axis.by_seed(log, seeds)
 
     return jax.jit(dispatch, donate_argnums=0)
-
-
-def by_seed(numbers: Mapping[str, Array], seeds: Sequence[int]) -> dict[str, Array]:
-    """`{"NAME": [S]}` as `{"SEED/NAME": []}`."""
-    return {f"{seed}/{name}": v[i] for name, v in numbers.items() for i, seed in enumerate(seeds)}
-
-
-class BySeed:
-    """A sink that hands "SEED/NAME" to the seed's own sinks as "NAME", and the rest to all."""
-
-    def __init__(self, by_seed: Mapping[int, Sequence[sinks.Sink]]) -> None:
-        self._sinks = by_seed
-
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        for seed, own in self._sinks.items():
-            row = {}
-            for name, value in metrics.items():
-                whose, _, rest = name.partition("/")
-                if whose == str(seed):
-                    row[rest] = value
-                elif not whose.isdigit():
-                    row[name] = value
-            for sink in own:
-                sink.write(step, row)
-
-    def resume(self, step: int) -> dict[str, Any] | None:
-        rows = [sink.resume(step) for own in self._sinks.values() for sink in own]
-        return next((row for row in rows if row), None)
-
-    def close(self) -> None:
-        for own in self._sinks.values():
-            for sink in own:
-                sink.close()
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -334,7 +280,7 @@ def train_arm(
     directories: of the arm, by seed. The checkpoints lie in the first one.
     """
     method, own, seeds = METHODS[arm], getattr(config, arm), list(directories)
-    state, rows = spread(start_state(method, own, lab.data, seeds), lab.mesh)
+    state, rows = seed_axis.spread(start_state(method, own, lab.data, seeds), lab.mesh)
     key = jax.device_put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
     step = make_training(method, own, seeds, config.at_once, rows)
     evaluation = make_evaluation(lab, config, arm, seeds, real)
@@ -342,12 +288,12 @@ def train_arm(
     def measure(state: TrainState, step: int) -> dict[str, Any]:
         found = rates(evaluation(state.params))
         counted = {"mean_success": found["success"].mean(), "updates": step * config.at_once}
-        return {**by_seed(found, seeds), **counted}
+        return {**seed_axis.by_seed(found, seeds), **counted}
 
     for directory in directories.values():
         directory.mkdir(parents=True, exist_ok=True)
     first = next(iter(directories.values()))
-    opened = BySeed({s: sinks.open_sinks(config, d, arm) for s, d in directories.items()})
+    opened = seed_axis.BySeed({s: sinks.open_sinks(config, d, arm) for s, d in directories.items()})
     with contextlib.closing(Checkpoints(first / "ckpt")) as checkpoints:
         state = fit(
             state,

@@ -18,6 +18,7 @@ from experiments import (
     offline_report,
     ogbench_settings,
     report,
+    seed_axis,
 )
 from jaxalign.core import mesh as meshes
 from jaxalign.core.types import UserError
@@ -105,7 +106,7 @@ def test_a_preset_is_one_program_at_full_size(arm):
 
 def trained(lab, seeds, dispatches=2):
     state = offline.start_state(offline.METHODS["gcbc"], TINY.gcbc, lab.data, seeds)
-    state, rows = offline.spread(state, lab.mesh)
+    state, rows = seed_axis.spread(state, lab.mesh)
     assert (rows is None) == (len(seeds) == 2)
     key = jax.device_put(jax.random.key(3), meshes.replicated(lab.mesh))
     step = offline.make_training(offline.METHODS["gcbc"], TINY.gcbc, seeds, 5, rows)
@@ -131,31 +132,6 @@ def test_goals_of_a_batch_lie_in_their_data(lab):
     batch = goals.sample(lab.data, TINY.hiql.goals, jax.random.key(0), 64)
     stored = np.asarray(lab.data.observations)
     assert np.isin(np.asarray(batch.value_goal), stored).all()
-
-
-class Kept:
-    def __init__(self):
-        self.rows, self.closed = [], False
-
-    def write(self, step, metrics):
-        self.rows.append((step, dict(metrics)))
-
-    def resume(self, step):
-        return {"seconds": 2.0, "step": step}
-
-    def close(self):
-        self.closed = True
-
-
-def test_each_seed_has_its_own_numbers():
-    kept = {0: Kept(), 10: Kept()}
-    sink = offline.BySeed({seed: [own] for seed, own in kept.items()})
-    sink.write(3, {"0/loss": 1.0, "10/loss": 2.0, "10/success/task1": 0.5, "seconds": 9.0})
-    assert kept[0].rows == [(3, {"loss": 1.0, "seconds": 9.0})]
-    assert kept[10].rows == [(3, {"loss": 2.0, "success/task1": 0.5, "seconds": 9.0})]
-    assert sink.resume(3) == {"seconds": 2.0, "step": 3}
-    sink.close()
-    assert kept[0].closed and kept[10].closed
 
 
 # --- whole runs -----------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""Several seeds trained as one program: every leaf of their state has the seeds as its first axis.
+
+Dimensions: S seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxalign.core import mesh as meshes
+from jaxalign.core import metrics as sinks
+from jaxalign.core.state import TrainState
+from jaxalign.core.types import Array
+
+# Leading axes of a training state's parts: seeds everywhere, but steps are counted together.
+OF = TrainState(step=None, params=0, opt_state=0, slow=0, extra=0)  # ty: ignore[invalid-argument-type]
+
+
+def spread(
+    state: TrainState, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, jax.sharding.NamedSharding | None]:
+    """The state on the devices, and how its batches lie there.
+
+    Seeds are dealt out to the devices where they divide, as they have nothing to tell each other;
+    else every device has all of them and a part of each batch.
+    """
+    everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
+    seeds = jax.tree.leaves(state.params)[0].shape[0]
+    dealt = seeds % math.prod(mesh.shape[axis] for axis in meshes.data_axes(mesh)) == 0
+    parts = state._replace(step=None)  # ty: ignore[invalid-argument-type]
+    parts = jax.device_put(parts, rows if dealt else everywhere)
+    step = jax.device_put(state.step, everywhere)
+    return parts._replace(step=step), None if dealt else rows
+
+
+def by_seed(numbers: Mapping[str, Array], seeds: Sequence[int]) -> dict[str, Array]:
+    """`{"NAME": [S]}` as `{"SEED/NAME": []}`."""
+    return {f"{seed}/{name}": v[i] for name, v in numbers.items() for i, seed in enumerate(seeds)}
+
+
+class BySeed:
+    """A sink that hands "SEED/NAME" to the seed's own sinks as "NAME", and the rest to all."""
+
+    def __init__(self, by_seed: Mapping[int, Sequence[sinks.Sink]]) -> None:
+        self._sinks = by_seed
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for seed, own in self._sinks.items():
+            row = {}
+            for name, value in metrics.items():
+                whose, _, rest = name.partition("/")
+                if whose == str(seed):
+                    row[rest] = value
+                elif not whose.isdigit():
+                    row[name] = value
+            for sink in own:
+                sink.write(step, row)
+
+    def resume(self, step: int) -> dict[str, Any] | None:
+        rows = [sink.resume(step) for own in self._sinks.values() for sink in own]
+        return next((row for row in rows if row), None)
+
+    def close(self) -> None:
+        for own in self._sinks.values():
+            for sink in own:
+                sink.close()
