@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,16 +142,6 @@ def telescope_table(runs: Mapping[str, Comparison]) -> dict[str, Any]:
     }
 
 
-def save_figures(workdir: Path) -> list[str]:
-    """Curves of one setting beside the result file; their names."""
-    report.build(workdir)
-    RESULTS.mkdir(exist_ok=True)
-    names = {f"b2_claims-{workdir.name}-{kind}.png": kind for kind in ("reward", "diversity")}
-    for name, kind in names.items():
-        shutil.copyfile(workdir / f"{kind}.png", RESULTS / name)
-    return list(names)
-
-
 def summarise(
     root: Path,
     settings: Sequence[str],
@@ -180,7 +169,13 @@ def summarise(
         "seeds": seeds,
         "notes": list(notes),
         "tables": tables,
-        "figures": [name for setting in settings for name in save_figures(root / setting)],
+        "figures": [
+            name
+            for setting in settings
+            for name in report.publish(
+                root / setting, ("reward", "diversity"), f"b2_claims-{setting}", RESULTS
+            )
+        ],
     }
     path = RESULTS / "b2_claims.json"
     metrics.write_json(path, result)

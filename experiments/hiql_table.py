@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import comparison, offline, offline_report, statistics
+from experiments import comparison, offline, offline_report, report, statistics
 from experiments.b2_tables import RESULTS, cell
 from experiments.comparison import Comparison
 from experiments.offline import Experiment
@@ -24,6 +24,7 @@ from experiments.ogbench_settings import METHODS, PUBLISHED, settings
 from jaxalign.core import metrics
 from jaxalign.core.types import UserError
 
+FIGURES = ("success", "walks", "values")
 MAZES = tuple(task for task in PUBLISHED if task.startswith("pointmaze"))
 
 
@@ -137,7 +138,11 @@ def summarise(root: Path, config: Table) -> Path:
             },
             *_differences(done),
         ],
-        "figures": [],
+        "figures": [
+            name
+            for task in done
+            for name in report.publish(root / task, FIGURES, f"hiql_{config.scale}-{task}", RESULTS)
+        ],
     }
     path = RESULTS / f"hiql_{config.scale}.json"
     metrics.write_json(path, result)

@@ -92,12 +92,17 @@ def draw_success(axes: Axes, run: Comparison, arm: str, cost: str) -> None:
 # --- mazes ----------------------------------------------------------------------------------------
 
 
+def extent(walls: np.ndarray) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of the maze."""
+    rows, columns = walls.shape
+    return -1.5 * CELL, (columns - 1.5) * CELL, -1.5 * CELL, (rows - 1.5) * CELL
+
+
 def draw_maze(axes: Axes, walls: np.ndarray) -> None:
     """The maze with x to the right and y upwards, as walked."""
-    rows, columns = walls.shape
-    extent = (-1.5 * CELL, (columns - 1.5) * CELL, -1.5 * CELL, (rows - 1.5) * CELL)
-    axes.imshow(~walls, cmap="gray", vmin=-3, vmax=1, origin="lower", extent=extent)
-    axes.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:])
+    ends = extent(walls)
+    axes.imshow(~walls, cmap="gray", vmin=-3, vmax=1, origin="lower", extent=ends)
+    axes.set(xticks=[], yticks=[], xlim=ends[:2], ylim=ends[2:])
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -109,13 +114,13 @@ def _grid(walks: Mapping[str, Walks]) -> tuple[Figure, np.ndarray]:
     tasks, (rows, columns) = len(first.goal), first.walls.shape
     figure = plots.new_figure(2.2 * tasks, 0.5 + 2.2 * rows / columns * len(walks))
     grid = figure.subplots(len(walks), tasks, squeeze=False)
+    for task, axes in enumerate(grid[0]):
+        axes.set_title(f"task {task + 1}")
     for line, (arm, each) in zip(grid, walks.items(), strict=True):
         line[0].set_ylabel(arm, color=_STYLES[arm]["color"])
         for task, axes in enumerate(line):
             draw_maze(axes, each.walls)
             axes.plot(*each.goal[task], "*", ms=11, color="#E69F00", mec="black", mew=0.5, zorder=4)
-            if line is grid[0]:
-                axes.set_title(f"task {task + 1}")
     return figure, grid
 
 
@@ -136,13 +141,32 @@ def values_figure(walks: Mapping[str, Walks]) -> Figure:
     figure, grid = _grid(walks)
     for line, each in zip(grid, walks.values(), strict=True):
         for task, axes in enumerate(line):
-            assert each.value is not None
-            axes.scatter(*each.place.T, c=each.value[task], s=42, marker="s", cmap="viridis")
-            if each.subgoal is not None:
-                way = each.subgoal[task] - each.place
-                length = np.linalg.norm(way, axis=-1, keepdims=True)
-                arrow = 0.75 * CELL * way / np.maximum(length, CELL)
-                axes.quiver(
-                    *each.place.T, *arrow.T, angles="xy", scale_units="xy", scale=1, color="white"
-                )
+            draw_values(axes, each, task)
     return figure
+
+
+def draw_values(axes: Axes, walks: Walks, task: int) -> None:
+    """Each free cell in the colour of its value, with an arrow to its subgoal."""
+    assert walks.value is not None
+    cells = np.full(walks.walls.shape, np.nan)
+    cells[~walks.walls] = walks.value[task]
+    axes.imshow(cells, cmap="viridis", origin="lower", extent=extent(walks.walls))
+    if walks.subgoal is None:
+        return
+    way = walks.subgoal[task] - walks.place
+    length = np.linalg.norm(way, axis=-1, keepdims=True)
+    arrow = 0.7 * CELL * way / np.maximum(length, CELL)
+    # "mid" keeps the arrow within its own cell. No arrow where the subgoal is the cell itself.
+    far = length[:, 0] > 0
+    axes.quiver(
+        *walks.place[far].T,
+        *arrow[far].T,
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        pivot="mid",
+        width=0.014,
+        headlength=4,
+        headaxislength=4,
+        color="white",
+    )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -161,6 +162,15 @@ def build(workdir: str | Path) -> Path:
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return target
+
+
+def publish(workdir: Path, kinds: Sequence[str], prefix: str, results: Path) -> list[str]:
+    """Copies pictures of a run beside a result file, as PREFIX-KIND.png; returns their names."""
+    build(workdir)
+    results.mkdir(exist_ok=True)
+    for kind in kinds:
+        shutil.copyfile(workdir / f"{kind}.png", results / f"{prefix}-{kind}.png")
+    return [f"{prefix}-{kind}.png" for kind in kinds]
 
 
 def _of_another_kind(run: Comparison) -> types.ModuleType | None:
