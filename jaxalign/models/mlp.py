@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons: values, ensembles of them, Gaussian actors, quasimetrics.
+"""Multi-layer perceptrons: values, ensembles of them, Gaussian actors, spectral normalisation.
 
 Layer by layer a product, the activation and, if asked for, a LayerNorm after it; the last layer is
 the product alone. Kernels start with variance `scale` / mean of fan-in and fan-out (Glorot & Bengio
@@ -9,6 +9,7 @@ Dimensions: D inputs joined, F outputs, H networks of an ensemble; `...` any row
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from jaxalign.ops.gaussian import Gaussian
 
 LOG_STD = (-5.0, 2.0)  # the range of a learned log standard deviation
 MEAN_SCALE = 0.01  # variance of an actor's last layer: its first actions are near zero
+WIDE_LOG_STD = (math.log(1e-6), 2.0)  # the same range of an actor with two heads
 
 
 class MLP(nn.Module):
@@ -121,6 +123,38 @@ def gaussian_actor(
     return Model(init, apply)
 
 
+class TwoHeaded(nn.Module):
+    """`[..., D]` -> two of `[..., F]`, from one trunk of tanh layers."""
+
+    hidden: Sequence[int]
+    outputs: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        for i, width in enumerate(self.hidden):
+            kernel = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+            x = nn.tanh(Dense(width, kernel_init=kernel, name=f"hidden_{i}")(x))
+        final = nn.initializers.variance_scaling(MEAN_SCALE, "fan_avg", "normal")
+        mean = Dense(self.outputs, kernel_init=final, name="mean")(x)
+        return mean, Dense(self.outputs, kernel_init=final, name="log_std")(x)
+
+
+def two_headed_actor(inputs: int, hidden: Sequence[int], outputs: int) -> Model:
+    """A policy `(params, *inputs) -> Gaussian` over `[..., F]`, whose mean and standard deviation
+    depend on the inputs; at the start they are near 0 and 1."""
+    module = TwoHeaded(tuple(hidden), outputs)
+
+    def init(key: Array) -> Params:
+        return module.init(key, jnp.zeros((1, inputs)))["params"]
+
+    def apply(params: Params, *inputs: Array) -> Gaussian:
+        both: Any = module.apply({"params": params}, jnp.concatenate(inputs, axis=-1))
+        mean, log_std = both
+        return Gaussian(mean, log_std.clip(*WIDE_LOG_STD))
+
+    return Model(init, apply)
+
+
 def init_each(networks: Any, key: Array) -> Params:
     """Parameters of each network of a NamedTuple of them, by its name."""
     keys = jax.random.split(key, len(networks))
@@ -129,5 +163,43 @@ def init_each(networks: Any, key: Array) -> Params:
 
 
 def action_size(actor: Params) -> int:
-    """F of the parameters of a Gaussian actor."""
-    return actor["mean"]["out"]["bias"].shape[-1]
+    """F of the parameters of a Gaussian actor, of either kind."""
+    mean = actor["mean"]
+    return mean.get("out", mean)["bias"].shape[-1]
+
+
+# --- spectral normalisation ----------------------------------------------------------------------
+# Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks": kernels divided
+# by their largest singular value, so that each layer stretches no difference. The vectors, one a
+# layer `[F of the layer]` by its name, are estimates of right singular vectors, kept between steps.
+
+
+def singular_vectors(params: Params, key: Array, iterations: int) -> Params:
+    """Vectors of unit length from random ones, after so many power iterations."""
+    named = zip(params.items(), jax.random.split(key, len(params)), strict=True)
+    start = {name: jax.random.normal(own, layer["bias"].shape) for (name, layer), own in named}
+    return jax.lax.fori_loop(0, iterations, lambda _, v: power_iteration(params, v), start)
+
+
+def power_iteration(params: Params, vectors: Params) -> Params:
+    """The vectors after one step towards the singular vectors of the kernels."""
+
+    def step(name: str, vector: Array) -> Array:
+        kernel = params[name]["kernel"]
+        vector = kernel.T @ (kernel @ vector)
+        return vector / jnp.linalg.norm(vector)
+
+    return {name: step(name, vector) for name, vector in vectors.items()}
+
+
+def spectrally_normalised(params: Params, vectors: Params) -> Params:
+    """The parameters with kernels divided by the lengths to which they stretch the vectors.
+
+    No gradient flows into the vectors, as in the paper.
+    """
+
+    def divide(layer: Params, vector: Array) -> Params:
+        stretch = jnp.linalg.norm(layer["kernel"] @ jax.lax.stop_gradient(vector))
+        return {**layer, "kernel": layer["kernel"] / stretch}
+
+    return {name: divide(layer, vectors[name]) for name, layer in params.items()}
