@@ -96,7 +96,7 @@ def make_problem(bench: Bench, width: int) -> Problem:
     experiment = Experiment(
         task=TASK, data_episodes=bench.data_episodes, arms=("hiql",), hiql=config
     )
-    lab = offline.make_lab(experiment)
+    lab = offline.make_lab(experiment, bench.learners)
     return Problem(lab, config, offline.start_state(hiql, config, lab.data, seeds_of(bench)))
 
 
@@ -122,11 +122,10 @@ def compiled_updates(problem: Problem, bench: Bench) -> Variant:
 
 
 def loop(problem: Problem, bench: Bench) -> Variant:
-    """NumPy draws a batch, a compiled function updates, and so on, seed by seed."""
+    """NumPy draws a batch, a compiled function updates on one device, and so on, seed by seed."""
     data = jax.tree.map(np.asarray, problem.lab.data)
     one = jax.tree.map(lambda leaf: leaf[0] if leaf.ndim else leaf, problem.state)
     update = jax.jit(functools.partial(hiql.update, problem.config), donate_argnums=0)
-    rows = meshes.batch_sharding(problem.lab.mesh)
 
     def prepare(turn: int) -> Thunk:
         rng = np.random.default_rng(turn)
@@ -137,7 +136,7 @@ def loop(problem: Problem, bench: Bench) -> Variant:
             key = jax.random.key(turn)
             for seed in range(bench.learners):
                 for _ in range(bench.updates):
-                    batch = jax.device_put(draw(data, problem.config, rng), rows)
+                    batch = jax.device_put(draw(data, problem.config, rng))
                     states[seed], _ = update(states[seed], batch, key)
             return jax.block_until_ready(states)
 
@@ -173,10 +172,7 @@ def draw(data: Trajectories, config: hiql.Config, rng: np.random.Generator) -> B
 def run_updates(bench: Bench, width: int) -> list[dict[str, Any]]:
     """Measures one width; a line for each implementation."""
     problem = make_problem(bench, width)
-    variants = [
-        compiled_updates(problem, bench),
-        loop(problem, bench),
-    ]
+    variants = [compiled_updates(problem, bench), loop(problem, bench)]
     timings = measure(variants, bench.repeats)
     return [
         {

@@ -84,9 +84,9 @@ def run_all(run: cli.Run) -> None:
     if isinstance(run.config, Table):
         print(f"tables: {hiql_table.run(cli.open_workdir(run), run.config)}")
         return
-    check(run.config)
+    check(run.config, len(run.seeds))
     directories = {each.config.seed: each.workdir for each in cli.open_seeds(run)}
-    lab = make_lab(run.config)
+    lab = make_lab(run.config, len(run.seeds))
     print(f"data of {run.config.task}: {describe(lab.provenance)}")
     run_arms(lab, run.config, directories, resume=run.resume)
     print(report.table(run.workdir))

@@ -77,7 +77,7 @@ def run(root: Path, config: Table) -> Path:
     """Trains what is not finished; returns the numbers for RESULTS.md."""
     experiments = {task: experiment(config, task) for task in config.tasks}
     for each in experiments.values():
-        offline.check(each)
+        offline.check(each, config.repeats)
     env = {"experiment": "hiql", "command": command(config), **metrics.environment()}
     for task, each in experiments.items():
         folder, seeds = root / task, range(config.seed, config.seed + config.repeats)
@@ -89,7 +89,7 @@ def run(root: Path, config: Table) -> Path:
             own = dataclasses.asdict(dataclasses.replace(each, seed=seed))
             metrics.write_json(directory / "config.json", own)
             metrics.write_json(directory / "env.json", env)
-        lab = offline.make_lab(each)
+        lab = offline.make_lab(each, config.repeats)
         offline.run_arms(lab, each, directories, resume=True)
     return summarise(root, config)
 

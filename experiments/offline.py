@@ -103,10 +103,10 @@ class Lab(NamedTuple):
     mesh: jax.sharding.Mesh
 
 
-def check(config: Experiment) -> None:
-    """Raises UserError for what is wrong with a configuration, before anything is written."""
+def check(config: Experiment, seeds: int) -> None:
+    """Raises UserError for what is wrong with a run of so many seeds; nothing is written yet."""
     ogbench_settings.split(config.task)
-    mesh = meshes.make_mesh(meshes.parse_mesh(config.mesh))
+    mesh = seed_axis.make_mesh(config.mesh, seeds)
     for arm in config.arms:
         meshes.check_divisible(f"{arm}.batch", getattr(config, arm).batch, mesh)
     if config.real or not offline_data.in_maze(config.task):
@@ -116,9 +116,9 @@ def check(config: Experiment) -> None:
 # --- data -----------------------------------------------------------------------------------------
 
 
-def make_lab(config: Experiment) -> Lab:
-    """The lab of a configuration; makes the data where they are not stored."""
-    mesh = meshes.make_mesh(meshes.parse_mesh(config.mesh))
+def make_lab(config: Experiment, seeds: int) -> Lab:
+    """The lab of a run of so many seeds; makes the data where they are not stored."""
+    mesh = seed_axis.make_mesh(config.mesh, seeds)
     arrays, provenance = offline_data.read(
         config.task, config.data, config.data_episodes, config.data_seed
     )

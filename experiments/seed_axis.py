@@ -20,6 +20,19 @@ from jaxalign.core.types import Array
 OF = TrainState(step=None, params=0, opt_state=0, slow=0, extra=0)  # ty: ignore[invalid-argument-type]
 
 
+def make_mesh(spec: str, seeds: int) -> jax.sharding.Mesh:
+    """The mesh `spec` of a run of so many seeds; on a CPU over as many devices as divide them.
+
+    A CPU's devices are threads. Batches of small networks are sooner done whole than shared among
+    them, and where all cores are busy, sums over devices may wait for each other for ever.
+    Raises: UserError when the mesh does not fit the devices.
+    """
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        devices = devices[: math.gcd(seeds, len(devices))]
+    return meshes.make_mesh(meshes.parse_mesh(spec), devices)
+
+
 def spread(
     state: TrainState, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, jax.sharding.NamedSharding | None]:

@@ -33,7 +33,7 @@ HORIZON = 20
 @pytest.fixture(scope="module")
 def lab():
     """The tiny preset's, on two devices."""
-    made = offline.make_lab(TINY)
+    made = offline.make_lab(TINY, 1)
     mesh = meshes.make_mesh({"data": 2}, jax.devices()[:2])
     data, maze = jax.device_put((made.data, made.maze), meshes.replicated(mesh))
     return made._replace(data=data, maze=maze, mesh=mesh)
@@ -70,7 +70,7 @@ def test_settings_follow_the_task(task, method, path, expected):
         (lambda: dataclasses.replace(TINY, arms=("iql",)), "arms: 'iql'"),
         (lambda: dataclasses.replace(TINY, updates=45), "multiple of at_once = 10"),
         (lambda: dataclasses.replace(TINY, data_episodes=-1), "data_episodes = -1"),
-        (lambda: offline.check(dataclasses.replace(TINY, mesh="data=3")), "mesh data=3"),
+        (lambda: offline.check(dataclasses.replace(TINY, mesh="data=3"), 2), "mesh data=3"),
         (lambda: hiql_table.Table(tasks=("pointmaze",)), "tasks: 'pointmaze'"),
         (lambda: hiql_table.Table(repeats=0), "repeats = 0"),
         (

@@ -28,3 +28,9 @@ def test_each_seed_has_its_own_numbers():
     assert sink.resume(3) == {"seconds": 2.0, "step": 3}
     sink.close()
     assert kept[0].closed and kept[10].closed
+
+
+def test_no_batch_of_a_seed_is_shared_among_threads():
+    """Of eight CPU devices as many as divide the seeds."""
+    sizes = {seeds: seed_axis.make_mesh("data=-1", seeds).size for seeds in (1, 2, 6, 8, 12)}
+    assert sizes == {1: 1, 2: 2, 6: 2, 8: 8, 12: 4}
