@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.core.types import Array, UserError
+from jaxalign.envs.environment import Environment
 
 UNIT = 4.0  # the side of a cell
 REACH = 0.2  # how far an action of 1 moves the ball
@@ -242,6 +243,49 @@ def observe(state: State) -> Array:
 def success(state: State) -> Array:
     """Whether the ball was last seen at its goal, `[E] bool`."""
     return _distance(state.observation - state.goal) <= GOAL_RADIUS
+
+
+# --- without a goal ------------------------------------------------------------------------------
+
+STEPS = 200  # of an episode in which skills are learned
+
+
+def environment(name: str, steps: int = STEPS) -> Environment:
+    """A maze as learners of skills see it: episodes from the start of its first task, no goal.
+
+    steps: T. What networks see is 0 in the middle of the map and at most 1 away from it.
+    Raises: UserError if there is no such maze.
+    """
+    maze = make(name)
+    shape = np.array(maze.walls.shape[::-1], np.float32)
+    return Environment(
+        name=name,
+        observation_size=2,
+        action_size=2,
+        steps=steps,
+        world=maze,
+        reset=_reset_first_task,
+        step=step,
+        observe=observe,
+        place=_seen_place,
+        goal_observation=_seen_at,
+        offset=UNIT * (shape - 1) / 2 - UNIT,
+        scale=UNIT * shape / 2,
+    )
+
+
+def _reset_first_task(maze: Maze, count: int, key: Array) -> State:
+    return reset(maze, jnp.zeros(count, jnp.int32), key)
+
+
+def _seen_place(observation: Array) -> Array:
+    """(x, y) `[..., 2]` of observations `[..., 2]`, which are that."""
+    return observation
+
+
+def _seen_at(observation: Array, place: Array) -> Array:
+    """What is seen at places `[..., 2]`."""
+    return place
 
 
 def _walls_near(walls: np.ndarray) -> np.ndarray:

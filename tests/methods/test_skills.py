@@ -1,8 +1,6 @@
 """METRA and its siblings against the formulas written out; what all four methods promise."""
 
-import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +13,9 @@ from jaxalign.models import mlp
 from jaxalign.ops import skills
 from jaxalign.ops.skills import Transitions
 
-O, A, D, B = 3, 2, 3, 16  # sizes of observations, actions, skills, batches
+S, A, D, B = 4, 2, 3, 16  # sizes of observations, actions, skills, batches
 KEY = jax.random.key(0)
-OFFSET, SCALE = np.array([0.5, -1.0, 0.0]), np.array([2.0, 0.5, 1.0])
+OFFSET, SCALE = np.array([0.5, -1.0, 0.0, 2.0]), np.array([2.0, 0.5, 1.0, 3.0])
 SMALL = dict(skill_size=D, hidden=(8, 6), batch=B, learning_rate=0.01, initial_temperature=0.3)
 METHODS = (metra, lsd, diayn, csf)
 OWN = {metra: dict(initial_dual=2.0, slack=0.01), csf: dict(negatives=5)}
@@ -36,13 +34,16 @@ CASES = [
 
 
 def name(case):
-    return case.__name__.split(".")[-1] if hasattr(case, "__name__") else ""
+    """Of a method, or of what its configuration sets."""
+    if hasattr(case, "__name__"):
+        return case.__name__.split(".")[-1]
+    return f"{getattr(case, 'constraint', '')}{'-discrete' if case.discrete else ''}"
 
 
 def make_batch(config, seed=0):
     """Large steps, so that the constraint is broken by some rows and not by others."""
     rng = np.random.default_rng(seed)
-    observation, move = rng.normal(size=(2, B, O))
+    observation, move = rng.normal(size=(2, B, S))
     return Transitions(
         observation=jnp.asarray(observation, jnp.float32),
         action=jnp.asarray(rng.uniform(-1, 1, (B, A)), jnp.float32),
@@ -65,7 +66,7 @@ def moved(tree, seed):
 @functools.cache
 def start(method, config):
     init = jax.jit(method.init, static_argnums=(0, 1, 2))
-    state = init(config, O, A, OFFSET, SCALE, KEY)
+    state = init(config, S, A, OFFSET, SCALE, KEY)
     state = state._replace(params=moved(state.params, 1), slow=moved(state.slow, 2))
     if method is lsd:  # their vectors have long converged
         find = jax.jit(mlp.singular_vectors, static_argnums=2)
@@ -237,7 +238,7 @@ def test_one_gradient_step_is_the_formulas(method, config):
         )
         check_close(after.params[part], step)
         if value is not None:
-            np.testing.assert_allclose(metrics[f"{part}_loss"], value, rtol=1e-5)
+            np.testing.assert_allclose(metrics[f"{part}_loss"], value, rtol=1e-5, atol=1e-6)
     if method is metra:
         np.testing.assert_allclose(metrics["constraint"], left, rtol=1e-5)
     check_close(
@@ -259,3 +260,180 @@ def check_close(ours, expected):
         ours,
         expected,
     )
+
+
+# --- what the order does --------------------------------------------------------------------------
+
+
+def test_the_reward_is_that_of_the_phi_just_updated():
+    config = make_config(metra)
+    before, (after, metrics), b = start(metra, config), updated(metra, config), make_batch(config)
+    s, ahead = ((o - OFFSET[None]) / SCALE[None] for o in (b.observation, b.next_observation))
+
+    def reward(phi):
+        return ((net(phi, ahead) - net(phi, s)) * b.skill).sum(-1).mean()
+
+    old, new = reward(before.params["phi"]), reward(after.params["phi"])
+    np.testing.assert_allclose(metrics["reward"], new, rtol=1e-4)
+    assert abs(old - new) > 0.01
+
+
+@pytest.mark.parametrize(("size", "sign"), [(5.0, 1), (0.01, -1)])
+def test_the_multiplier_grows_where_steps_are_too_long_and_falls_where_they_are_not(size, sign):
+    config = make_config(metra)
+    before, b = start(metra, config), make_batch(config)
+    b = b._replace(next_observation=b.observation + size * (b.next_observation - b.observation))
+    after, metrics = update(metra)(config, before, b, KEY)
+    assert sign * metrics["constraint"] < 0
+    # Adam's first step is its rate, whatever the gradient.
+    moved = after.params["log_dual"] - before.params["log_dual"]
+    np.testing.assert_allclose(moved, sign * 1e-4, rtol=0.02)
+    assert metrics["dual"] == jnp.exp(before.params["log_dual"])
+    if sign < 0:
+        np.testing.assert_allclose(metrics["constraint"], config.slack, rtol=1e-4)
+
+
+def test_the_temperature_falls_while_the_policy_is_more_random_than_its_target():
+    config = make_config(metra)
+    before, (after, metrics) = start(metra, config), updated(metra, config)
+    assert metrics["entropy"] > -A / 2
+    assert after.params["log_temperature"] < before.params["log_temperature"]
+    assert metrics["temperature"] == jnp.exp(before.params["log_temperature"])
+
+
+def test_rows_that_end_have_no_future():
+    """The slow critics do not enter the target of terminal rows, and do that of others."""
+    for method in METHODS:
+        config = make_config(method)
+        state, b = start(method, config), make_batch(config)
+        other = state._replace(slow=moved(state.slow, 7))
+        losses = [
+            [
+                update(method)(config, s, b._replace(terminal=t), KEY)[1]["critic_loss"]
+                for s in (state, other)
+            ]
+            for t in (jnp.ones(B), jnp.zeros(B))
+        ]
+        assert losses[0][0] == losses[0][1]
+        assert losses[1][0] != losses[1][1]
+
+
+# --- what all methods promise ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_seeds_side_by_side_are_each_alone(method):
+    config = make_config(method)
+    state, b = start(method, config), make_batch(config)
+    seeds = [state, state._replace(params=moved(state.params, 5))]
+    batches = [b, make_batch(config, 3)]
+    keys = jax.random.split(jax.random.key(8), 2)
+    many = jax.jit(jax.vmap(functools.partial(method.update, config)))
+    together = many(
+        *(jax.tree.map(lambda *x: jnp.stack(x), *pair) for pair in (seeds, batches)), keys
+    )
+    for i in range(2):
+        alone = update(method)(config, seeds[i], batches[i], keys[i])
+        mine = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5),
+            mine[0].params,
+            alone[0].params,
+        )
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5), mine[1], alone[1]
+        )
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_many_steps_are_one_trace_stay_finite_and_donate(method):
+    config, traces = make_config(method), []
+
+    def step(state, batch, key):
+        traces.append(1)
+        return method.update(config, state, batch, key)
+
+    step = jax.jit(step, donate_argnums=0)
+    state = jax.tree.map(jnp.copy, start(method, config))
+    for i in range(5):
+        old, (state, metrics) = state, step(state, make_batch(config, i), jax.random.key(i))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert len(traces) == 1 and state.step == 5
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state, metrics)))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_actions_and_skills_shown(method):
+    config = make_config(method)
+    state, b = start(method, config), make_batch(config)
+    act = jax.jit(method.act, static_argnums=0)
+    calm = act(config, state, b.observation, b.skill, KEY, 0.0)
+    again = act(config, state, b.observation, b.skill, jax.random.key(4), 0.0)
+    np.testing.assert_array_equal(calm, again)
+    wild = act(config, state, b.observation, b.skill, KEY)
+    assert wild.shape == (B, A) and abs(wild).max() <= 1 and abs(wild - calm).max() > 0.1
+    latent = jax.jit(method.latent, static_argnums=0)(config, state, jnp.stack([b.observation] * 2))
+    assert latent.shape == (2, B, D)
+    towards = jax.jit(method.skill_towards, static_argnums=0)
+    there = towards(config, state, b.observation, b.next_observation)
+    goal = method.latent(config, state, b.next_observation)
+    wanted = goal if method is diayn else goal - latent[0]
+    length = np.linalg.norm(wanted, axis=-1, keepdims=True)
+    np.testing.assert_allclose(there, wanted / length, rtol=1e-4, atol=1e-5)
+    discrete = towards(make_config(method, discrete=True), state, b.observation, b.next_observation)
+    np.testing.assert_array_equal(discrete, np.eye(D)[np.argmax(wanted, -1)])
+
+
+def test_latent_steps_of_lsd_are_no_longer_than_those_of_observations():
+    config = make_config(lsd)
+    state, b = start(lsd, config), make_batch(config)
+    here, there = (lsd.latent(config, state, o) for o in (b.observation, b.next_observation))
+    length = np.linalg.norm((b.next_observation - b.observation) / SCALE[None], axis=-1)
+    ratio = np.linalg.norm(there - here, axis=-1) / length
+    assert 0.05 < ratio.max() <= 1 + 1e-4
+
+
+def test_the_settings_are_those_of_the_papers():
+    sizes = functools.partial(jax.eval_shape, key=KEY)
+    ones = np.ones(29, np.float32)
+    for method in METHODS:
+        config = method.Config()
+        init = functools.partial(method.init, config, 29, 8, ones, ones)
+        params = sizes(init).params
+        count = {n: sum(leaf.size for leaf in jax.tree.leaves(p)) for n, p in params.items()}
+        hidden = 1024 * 1024 + 2 * 1024
+        first = "discriminator" if method is diayn else "phi"
+        assert count[first] == 29 * 1024 + hidden + 2 * 1024 + 2
+        assert count["actor"] == 31 * 1024 + hidden + 16 * 1024 + 16
+        outputs = 2 if method is csf else 1
+        assert count["critic"] == 2 * (39 * 1024 + hidden + outputs * 1024 + outputs)
+        assert config.terminal_at_limit == (method is not csf)
+        assert (config.batch, config.discount, config.learning_rate) == (256, 0.99, 1e-4)
+    assert (metra.Config().initial_dual, metra.Config().slack) == (30, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "says"),
+    [
+        *(
+            (m, {"skill_size": 0}, "skill_size = 0: skills need at least 1; raise it")
+            for m in METHODS
+        ),
+        (
+            metra,
+            {"skill_size": 1, "discrete": True},
+            "skill_size = 1: one-hot skills need at least 2",
+        ),
+        (metra, {"constraint": "max"}, "constraint = 'max': must be 'mean' or 'sum'"),
+        (metra, {"slack": 0.0}, "slack = 0.0: must be positive"),
+        (metra, {"dual_learning_rate": -1.0}, "dual_learning_rate = -1.0"),
+        (lsd, {"hidden": (8, 0)}, r"hidden = \(8, 0\): must be at least 1"),
+        (diayn, {"discount": 1.0}, "discount = 1.0: must lie between 0 and 1"),
+        (csf, {"negatives": 0}, "negatives = 0: must be at least 1"),
+        (csf, {"contrast": 0.0}, "contrast = 0.0: must be positive"),
+    ],
+)
+def test_impossible_configs(method, change, says):
+    with pytest.raises(UserError, match=says) as error:
+        make_config(method, **change)
+    assert "\n" not in str(error.value)

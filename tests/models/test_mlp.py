@@ -96,3 +96,82 @@ def test_actors_start_near_zero_and_learn_a_spread_within_its_range():
     params = {**params, "log_std": jnp.array([-9.0, 0.5, 9.0])}
     np.testing.assert_allclose(learned.apply(params, x).log_std[7], [-5, 0.5, 2])
     assert mlp.action_size(params) == 3
+
+
+# --- actors with two heads, spectral normalisation ------------------------------------------------
+
+
+def test_a_two_headed_actor_is_one_trunk_of_tanh_and_two_products():
+    actor = mlp.two_headed_actor(4, (7, 6), 3)
+    params = shaken(jax.jit(actor.init)(KEY))
+    one, two = jax.random.normal(KEY, (5, 3)), jax.random.normal(jax.random.key(1), (5, 1))
+    policy = jax.jit(actor.apply)(params, one, two)
+    trunk = {name: layer for name, layer in params.items() if name.startswith("hidden")}
+    for head, ours in (("mean", policy.mean), ("log_std", policy.log_std)):
+        single = {**trunk, "out": params[head]}
+        expected = literal(single, np.concatenate([one, two], -1), np.tanh, False)
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    assert mlp.action_size(params) == 3
+    wide = {**params, "log_std": {**params["log_std"], "bias": jnp.array([-99.0, 0.0, 99.0])}}
+    bounds = actor.apply(wide, one, two).log_std[0, jnp.array([0, 2])]
+    np.testing.assert_allclose(bounds, [np.log(1e-6), 2], rtol=1e-6)
+
+
+def test_the_first_weights_of_a_two_headed_actor():
+    wide, heads = 300, 100
+    params = jax.jit(mlp.two_headed_actor(100, (wide, wide), heads).init)(KEY)
+    first, second = params["hidden_0"]["kernel"], params["hidden_1"]["kernel"]
+    for kernel, fan in ((first, 100 + wide), (second, 2 * wide)):
+        assert abs(kernel).max() == pytest.approx(np.sqrt(6 / fan), rel=1e-3)
+        assert kernel.std() == pytest.approx(np.sqrt(2 / fan), rel=0.02)
+    for head in ("mean", "log_std"):
+        kernel = params[head]["kernel"]
+        assert kernel.std() == pytest.approx(0.1 * np.sqrt(2 / (wide + heads)), rel=0.02)
+        assert abs(kernel).max() > 3 * kernel.std()  # normal, not truncated
+    assert not any(layer["bias"].any() for layer in params.values())
+
+
+def test_spectral_normalisation_makes_the_largest_singular_values_one():
+    params = shaken(jax.jit(mlp.mlp(5, (20, 9), 3).init)(KEY))
+    vectors = jax.jit(mlp.singular_vectors, static_argnums=2)(params, KEY, 200)
+    normalised = mlp.spectrally_normalised(params, vectors)
+    for name, layer in normalised.items():
+        values = np.linalg.svd(layer["kernel"], compute_uv=False)
+        np.testing.assert_allclose(values[0], 1, rtol=1e-4)
+        np.testing.assert_array_equal(layer["bias"], params[name]["bias"])
+        np.testing.assert_allclose(np.linalg.norm(vectors[name]), 1, rtol=1e-5)
+    # From few iterations the estimate is too small, and each one more makes it better.
+    rough = mlp.singular_vectors(params, KEY, 0)
+    lengths = []
+    for _ in range(4):
+        rough = mlp.power_iteration(params, rough)
+        kernel = params["hidden_0"]["kernel"]
+        lengths.append(float(jnp.linalg.norm(kernel @ rough["hidden_0"])))
+    largest = np.linalg.svd(kernel, compute_uv=False)[0]
+    assert lengths == sorted(lengths) and lengths[-1] <= largest * (1 + 1e-5)
+
+
+def test_the_gradient_of_a_normalised_kernel_is_that_of_its_norm():
+    params = jax.jit(mlp.mlp(4, (), 3).init)(KEY)
+    vectors = mlp.singular_vectors(params, KEY, 300)
+    weight = jax.random.normal(jax.random.key(1), (4, 3))
+
+    def ours(kernel):
+        layer = mlp.spectrally_normalised({"out": {**params["out"], "kernel": kernel}}, vectors)
+        return (layer["out"]["kernel"] * weight).sum()
+
+    def exact(kernel):
+        return (kernel / jnp.linalg.norm(kernel, 2) * weight).sum()
+
+    kernel = params["out"]["kernel"]
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(ours))(kernel), jax.jit(jax.grad(exact))(kernel), rtol=1e-3, atol=1e-4
+    )
+    assert not jax.tree.leaves(
+        jax.tree.map(
+            lambda g: bool(g.any()) or None,
+            jax.grad(lambda v: mlp.spectrally_normalised(params, v)["out"]["kernel"].sum())(
+                vectors
+            ),
+        )
+    )
