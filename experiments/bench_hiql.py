@@ -110,7 +110,7 @@ def seeds_of(bench: Bench) -> list[int]:
 
 def compiled_updates(problem: Problem, bench: Bench) -> Variant:
     """All updates of a turn as one program."""
-    start, rows = seed_axis.spread(problem.state, problem.lab.mesh)
+    start, rows = seed_axis.spread(problem.state, bench.learners, problem.lab.mesh)
     train = offline.make_training(hiql, problem.config, seeds_of(bench), bench.updates, rows)
     key = jax.device_put(jax.random.key(bench.seed), meshes.replicated(problem.lab.mesh))
 

@@ -280,7 +280,8 @@ def train_arm(
     directories: of the arm, by seed. The checkpoints lie in the first one.
     """
     method, own, seeds = METHODS[arm], getattr(config, arm), list(directories)
-    state, rows = seed_axis.spread(start_state(method, own, lab.data, seeds), lab.mesh)
+    state = start_state(method, own, lab.data, seeds)
+    state, rows = seed_axis.spread(state, len(seeds), lab.mesh)
     key = jax.device_put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
     step = make_training(method, own, seeds, config.at_once, rows)
     evaluation = make_evaluation(lab, config, arm, seeds, real)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import cli, comparison, language_report, offline_report, pages
+from experiments import cli, comparison, language_report, offline_report, pages, skill_report
 from experiments.comparison import LISTS, REWARD, Comparison, Samples
 from experiments.pages import Column, interval, number, text_table
 from experiments.statistics import Estimate, mean_interval, paired_difference
@@ -144,14 +144,18 @@ def build(workdir: str | Path) -> Path:
     """
     run = comparison.read(workdir)
     try:
-        from experiments import language_plots, maze_plots, plots
+        from experiments import language_plots, maze_plots, plots, skill_plots
     except ImportError as error:
         raise UserError(
             "the report needs matplotlib; pip install 'jaxalign[report]', then "
             f"{COMMAND} {run.directory}"
         ) from error
     other = _of_another_kind(run)
-    drawing = {language_report: language_plots, offline_report: maze_plots}.get(other, plots)
+    drawing = {
+        language_report: language_plots,
+        offline_report: maze_plots,
+        skill_report: skill_plots,
+    }.get(other, plots)
     pictures = {}
     for name, figure in drawing.figures(run):
         pictures[name] = plots.png(figure)
@@ -177,11 +181,10 @@ def _of_another_kind(run: Comparison) -> types.ModuleType | None:
     """The report of a run that is none of pictures.
 
     Runs of language say from which `source` their prompts come, those that reach goals their
-    `task`; those of pictures which `world` is drawn.
+    `task`, those that learn skills their `environment`; those of pictures which `world` is drawn.
     """
-    if "source" in run.config:
-        return language_report
-    return offline_report if "task" in run.config else None
+    kinds = {"source": language_report, "task": offline_report, "environment": skill_report}
+    return next((module for field, module in kinds.items() if field in run.config), None)
 
 
 def page(run: Comparison, pictures: Mapping[str, bytes]) -> str:

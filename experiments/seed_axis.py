@@ -34,20 +34,20 @@ def make_mesh(spec: str, seeds: int) -> jax.sharding.Mesh:
 
 
 def spread(
-    state: TrainState, mesh: jax.sharding.Mesh
+    state: TrainState, seeds: int, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, jax.sharding.NamedSharding | None]:
     """The state on the devices, and how its batches lie there.
 
     Seeds are dealt out to the devices where they divide, as they have nothing to tell each other;
-    else every device has all of them and a part of each batch.
+    else every device has all of them and a part of each batch. Numbers that all seeds have in
+    common lie everywhere.
     """
     everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    seeds = jax.tree.leaves(state.params)[0].shape[0]
     dealt = seeds % math.prod(mesh.shape[axis] for axis in meshes.data_axes(mesh)) == 0
-    parts = state._replace(step=None)  # ty: ignore[invalid-argument-type]
-    parts = jax.device_put(parts, rows if dealt else everywhere)
-    step = jax.device_put(state.step, everywhere)
-    return parts._replace(step=step), None if dealt else rows
+    state = jax.tree.map(
+        lambda leaf: jax.device_put(leaf, rows if dealt and leaf.ndim else everywhere), state
+    )
+    return state, None if dealt else rows
 
 
 def by_seed(numbers: Mapping[str, Array], seeds: Sequence[int]) -> dict[str, Array]:

@@ -38,21 +38,27 @@ CONFINED = {
     "torch": ["experiments/bench"],
     "transformers": ["jaxalign/models/", "jaxalign/data/", "experiments/bench"],
     "diffusers": ["jaxalign/models/", "jaxalign/data/"],
-    "gymnasium": ["jaxalign/data/ogbench_play.py", "experiments/real_envs.py"],
-    "mujoco": [],
+    "dm_control": ["jaxalign/envs/mujoco"],
+    "gymnasium": [
+        "jaxalign/data/ogbench_play.py",
+        "jaxalign/envs/mujoco",
+        "experiments/real_envs.py",
+    ],
+    "mujoco": ["jaxalign/envs/mujoco"],
     "ogbench": ["jaxalign/data/ogbench_play.py", "experiments/real_envs.py"],
 }
 
 # Outside packages that come with an extra or import slowly: never at the top of a module.
 LAZY = [
     *("datasets", "diffusers", "matplotlib", "mlxtend", "sklearn"),
-    *("gymnasium", "mujoco", "ogbench"),
+    *("dm_control", "gymnasium", "mujoco", "ogbench"),
     *("tensorboardX", "tokenizers", "torch", "transformers", "wandb"),
 ]
 # These are themselves imported where they are used.
 MAY_IMPORT = {
     "experiments/plots.py": "matplotlib",
     "experiments/maze_plots.py": "matplotlib",  # through plots
+    "experiments/skill_plots.py": "matplotlib",
     "experiments/bench_torch.py": "torch",
     "experiments/bench_rlhf_torch.py": "torch",
 }

@@ -106,7 +106,7 @@ def test_a_preset_is_one_program_at_full_size(arm):
 
 def trained(lab, seeds, dispatches=2):
     state = offline.start_state(offline.METHODS["gcbc"], TINY.gcbc, lab.data, seeds)
-    state, rows = seed_axis.spread(state, lab.mesh)
+    state, rows = seed_axis.spread(state, len(seeds), lab.mesh)
     assert (rows is None) == (len(seeds) == 2)
     key = jax.device_put(jax.random.key(3), meshes.replicated(lab.mesh))
     step = offline.make_training(offline.METHODS["gcbc"], TINY.gcbc, seeds, 5, rows)
