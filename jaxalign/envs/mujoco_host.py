@@ -5,8 +5,8 @@ advance in one call of `mujoco.rollout`, which deals them out to threads without
 policy, a compiled function, is asked once a step for all of them. An environment's path does not
 depend on the number of threads.
 
-Departures: the solver starts each step of the environment, not each substep, from rest. As it runs
-until it has converged, that moves a state by less than float32 shows.
+Departures: the solver forgets, from one step of the environment to the next, where it ended. As it
+runs until it has converged, paths are those of gymnasium's environments to 1e-12 over 30 steps.
 
 Dimensions: E environments, O observation, A action, P place, T steps.
 """
