@@ -152,7 +152,7 @@ def make_training(
     updates: int,
     rows: jax.sharding.NamedSharding | None = None,
 ) -> Callable[[TrainState, Trajectories, Array], tuple[TrainState, dict[str, Array]]]:
-    """So many updates of every seed as one program; metrics are means over them, "SEED/NAME".
+    """So many updates of every seed as one program; metrics `[S]` are means over them.
 
     A seed learns the same whichever others there are. The state is donated.
     rows: how batches lie on a mesh.
@@ -176,7 +176,7 @@ def make_training(
         step = state.step + 1
         many = jax.vmap(learn, in_axes=(seed_axis.OF, None, 0), out_axes=(seed_axis.OF, 0))
         state, log = many(state, data, keys)
-        return state._replace(step=step), seed_axis.by_seed(log, seeds)
+        return state._replace(step=step), log
 
     return jax.jit(dispatch, donate_argnums=0)
 
@@ -289,7 +289,7 @@ def train_arm(
     def measure(state: TrainState, step: int) -> dict[str, Any]:
         found = rates(evaluation(state.params))
         counted = {"mean_success": found["success"].mean(), "updates": step * config.at_once}
-        return {**seed_axis.by_seed(found, seeds), **counted}
+        return {**found, **counted}
 
     for directory in directories.values():
         directory.mkdir(parents=True, exist_ok=True)

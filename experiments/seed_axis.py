@@ -14,7 +14,6 @@ import jax
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.state import TrainState
-from jaxalign.core.types import Array
 
 # Leading axes of a training state's parts: seeds everywhere, but steps are counted together.
 OF = TrainState(step=None, params=0, opt_state=0, slow=0, extra=0)  # ty: ignore[invalid-argument-type]
@@ -50,26 +49,18 @@ def spread(
     return state, None if dealt else rows
 
 
-def by_seed(numbers: Mapping[str, Array], seeds: Sequence[int]) -> dict[str, Array]:
-    """`{"NAME": [S]}` as `{"SEED/NAME": []}`."""
-    return {f"{seed}/{name}": v[i] for name, v in numbers.items() for i, seed in enumerate(seeds)}
-
-
 class BySeed:
-    """A sink that hands "SEED/NAME" to the seed's own sinks as "NAME", and the rest to all."""
+    """A sink that hands each seed's own sinks its number of those that are a list, and the rest.
+
+    by_seed: the sinks of each seed, in the order of the lists.
+    """
 
     def __init__(self, by_seed: Mapping[int, Sequence[sinks.Sink]]) -> None:
         self._sinks = by_seed
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        for seed, own in self._sinks.items():
-            row = {}
-            for name, value in metrics.items():
-                whose, _, rest = name.partition("/")
-                if whose == str(seed):
-                    row[rest] = value
-                elif not whose.isdigit():
-                    row[name] = value
+        for i, own in enumerate(self._sinks.values()):
+            row = {name: x[i] if isinstance(x, list) else x for name, x in metrics.items()}
             for sink in own:
                 sink.write(step, row)
 

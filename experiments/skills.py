@@ -263,7 +263,7 @@ def learn(
 def make_training(
     method: types.ModuleType, own: Any, lab: Lab, config: Experiment, seeds: Sequence[int]
 ) -> Callable[[TrainState, PyTree, Array], tuple[TrainState, dict[str, Array]]]:
-    """`config.at_once` epochs of every seed as one program; metrics are "SEED/NAME".
+    """`config.at_once` epochs of every seed as one program; metrics are `[S]`.
 
     A seed learns the same whichever others there are. The state is donated.
     """
@@ -292,7 +292,7 @@ def make_training(
         step = state.step + 1
         both = jax.vmap(many, in_axes=(AXES, None, 0), out_axes=(AXES, 0))
         state, log = both(state, world, keys)
-        return state._replace(step=step), seed_axis.by_seed(log, seeds)
+        return state._replace(step=step), log
 
     return jax.jit(dispatch, donate_argnums=0)
 
@@ -440,7 +440,7 @@ def train_arm(
         found = evaluation(state)[1]
         counted = {"epochs": epochs, "environment_steps": epochs * rows}
         counted["mean_coverage"] = found["coverage"].mean()
-        return {**seed_axis.by_seed(found, seeds), **counted}
+        return {**found, **counted}
 
     for directory in directories.values():
         directory.mkdir(parents=True, exist_ok=True)

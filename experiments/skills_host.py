@@ -36,7 +36,7 @@ Policy = Callable[[TrainState, Array, Array, Array], Array]
 def make_training(
     method: types.ModuleType, own: Any, lab: Lab, config: Experiment, seeds: Sequence[int]
 ) -> Callable[[TrainState, PyTree, Array], tuple[TrainState, dict[str, Array]]]:
-    """`config.at_once` epochs of every seed; metrics are "SEED/NAME". The state is donated."""
+    """`config.at_once` epochs of every seed; metrics are `[S]`. The state is donated."""
     walkers = HostEnvironments(config.environment, len(seeds) * config.environments)
 
     def act(state: TrainState, told: Array, seen: Array, key: Array) -> Array:
@@ -93,7 +93,7 @@ def make_learning(
         both = jax.vmap(one, in_axes=(AXES, 0, 0, 0, None), out_axes=(AXES, 0))
         step = state.step + (i == config.at_once - 1)
         state, log = both(state, walked, told, keys, count)
-        return state._replace(step=step), seed_axis.by_seed(log, seeds)
+        return state._replace(step=step), log
 
     return jax.jit(dispatch, donate_argnums=0)
 

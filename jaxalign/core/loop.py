@@ -12,7 +12,6 @@ only where a checkpoint is due, or a hook, the loop catches up first. What the o
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -86,7 +85,8 @@ def fit(
     """The state after `steps` steps in all, from `state.step` or from the newest checkpoint.
 
     step: `(state, batch, key) -> (state, metrics)`, usually jitted and donating the state. Metrics
-        are scalars by name; a metric may be absent on some steps. No implicit transfers inside.
+        are scalars by name, or `[S]` of S seeds that are trained as one; a metric may be absent on
+        some steps. No implicit transfers inside.
     batches: the batch of step i (from 0), on the host or on the device.
     key: the key of step i is `fold_in(key, i)`.
     checkpoints: saved to after each `save_every` steps (if not 0) and after the last.
@@ -170,8 +170,14 @@ def _run(hooks: Sequence[Hook], state: Any, n: int = 0) -> dict[str, Any]:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Scalars of any make as Python numbers; waits for the device."""
-    return {name: np.asarray(value).item() for name, value in jax.device_get(dict(metrics)).items()}
+    """Numbers of any make as Python's, or lists of them; waits for the device."""
+    found = jax.device_get(dict(metrics))
+    return {name: np.asarray(value).tolist() for name, value in found.items()}
+
+
+def _is_finite(value: Any) -> bool:
+    array = np.asarray(value)
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def _wait(checkpoints: Checkpoints | None) -> None:
@@ -204,7 +210,7 @@ class _Record:
         row = _numbers(metrics)
         now = self._clock()
         self._seconds, self._since = self._seconds + now - self._since, now
-        bad = [name for name, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
+        bad = [name for name, x in row.items() if not _is_finite(x)]
         if bad:
             self.write(n, row)
             raise NonFinite(self._stopped(n, f"{bad[0]} is {row[bad[0]]}"))

@@ -414,6 +414,21 @@ def test_nonfinite_before_any_checkpoint(tmp_path):
         train(tmp_path, batches=lambda i: {**make_batch(i), "y": np.full(8, np.nan, np.float32)})
 
 
+def test_numbers_of_several_seeds(tmp_path):
+    """A list a row; one that is not finite stops as a single number does."""
+
+    def step(state, batch, key):
+        state, metrics = train_step(state, batch, key)
+        last = jnp.where(state.step >= wrong, jnp.nan, 2.0)
+        return state, {"loss": jnp.stack([metrics["loss"], last]), "count": metrics["count"]}
+
+    wrong = jnp.int32(3)
+    with pytest.raises(NonFinite, match=r"step 3: loss is \[.*, nan\]"):
+        train(tmp_path, jax.jit(step))
+    rows = [row for row in read_json_lines(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert [row["loss"][1] for row in rows] == [2.0, 2.0, None]
+
+
 # --- this file as a program ----------------------------------------------------------------------
 
 

@@ -22,8 +22,8 @@ class Kept:
 def test_each_seed_has_its_own_numbers():
     kept = {0: Kept(), 10: Kept()}
     sink = seed_axis.BySeed({seed: [own] for seed, own in kept.items()})
-    sink.write(3, {"0/loss": 1.0, "10/loss": 2.0, "10/success/task1": 0.5, "seconds": 9.0})
-    assert kept[0].rows == [(3, {"loss": 1.0, "seconds": 9.0})]
+    sink.write(3, {"loss": [1.0, 2.0], "success/task1": [0.25, 0.5], "seconds": 9.0})
+    assert kept[0].rows == [(3, {"loss": 1.0, "success/task1": 0.25, "seconds": 9.0})]
     assert kept[10].rows == [(3, {"loss": 2.0, "success/task1": 0.5, "seconds": 9.0})]
     assert sink.resume(3) == {"seconds": 2.0, "step": 3}
     sink.close()

@@ -123,8 +123,8 @@ def test_a_dispatch_fills_buffers_and_learns():
     assert int(memory.buffer.size) == 1200  # four epochs of 400 rows in a ring of 1200
     assert int(memory.buffer.at) == 400
     assert memory.visited.shape[0] == 2 and (memory.visited.sum((1, 2)) > 3).all()
-    assert set(log) == {f"{s}/{n.split('/')[1]}" for s in (0, 1) for n in log}
-    assert all(np.isfinite(v) for v in jax.tree.leaves(log))
+    assert {"phi_loss", "constraint", "critic_loss"} <= set(log)
+    assert all(v.shape == (2,) and np.isfinite(v).all() for v in log.values())
     skill = memory.buffer.data.skill
     np.testing.assert_allclose(jnp.linalg.norm(skill, axis=-1), 1.0, rtol=1e-5)
     moved = memory.buffer.data.next_observation - memory.buffer.data.observation
