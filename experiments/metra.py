@@ -69,7 +69,9 @@ def plane() -> Experiment:
 
 def pointmaze() -> Experiment:
     """OGBench's medium point maze, on two CPU cores in minutes."""
-    return dataclasses.replace(plane(), environment="pointmaze-medium")
+    return dataclasses.replace(
+        plane(), environment="pointmaze-medium", **small(skill_size=4), updates=100
+    )
 
 
 def ant() -> Experiment:
