@@ -60,9 +60,7 @@ class HostEnvironments:
 
     def _open(self, threads: int) -> None:
         mujoco = walkers.library()
-        from mujoco import rollout
-
-        self._pool = rollout.Rollout(nthread=threads)
+        self._pool = _pool(threads)
         self._workers = [mujoco.MjData(self.model) for _ in range(threads)]
         size = mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_FULLPHYSICS)
         self._state = np.zeros((self.count, size))
@@ -96,6 +94,12 @@ class HostEnvironments:
     def close(self) -> None:
         """Ends the threads."""
         self._pool.close()
+
+
+def _pool(threads: int) -> Any:
+    from mujoco import rollout
+
+    return rollout.Rollout(nthread=threads)
 
 
 def unroll(
