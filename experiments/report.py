@@ -23,7 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments import cli, comparison, language_report, offline_report, pages, skill_report
+from experiments import (
+    cli,
+    comparison,
+    language_report,
+    offline_report,
+    pages,
+    skill_report,
+    starc_report,
+)
 from experiments.comparison import LISTS, REWARD, Comparison, Samples
 from experiments.pages import Column, interval, number, text_table
 from experiments.statistics import Estimate, mean_interval, paired_difference
@@ -144,7 +152,7 @@ def build(workdir: str | Path) -> Path:
     """
     run = comparison.read(workdir)
     try:
-        from experiments import language_plots, maze_plots, plots, skill_plots
+        from experiments import language_plots, maze_plots, plots, skill_plots, starc_plots
     except ImportError as error:
         raise UserError(
             "the report needs matplotlib; pip install 'jaxalign[report]', then "
@@ -155,6 +163,7 @@ def build(workdir: str | Path) -> Path:
         language_report: language_plots,
         offline_report: maze_plots,
         skill_report: skill_plots,
+        starc_report: starc_plots,
     }.get(other, plots)
     pictures = {}
     for name, figure in drawing.figures(run):
@@ -181,9 +190,15 @@ def _of_another_kind(run: Comparison) -> types.ModuleType | None:
     """The report of a run that is none of pictures.
 
     Runs of language say from which `source` their prompts come, those that reach goals their
-    `task`, those that learn skills their `environment`; those of pictures which `world` is drawn.
+    `task`, those that learn skills their `environment`, those that compare rewards their `parts`;
+    those of pictures which `world` is drawn.
     """
-    kinds = {"source": language_report, "task": offline_report, "environment": skill_report}
+    kinds = {
+        "source": language_report,
+        "task": offline_report,
+        "environment": skill_report,
+        "parts": starc_report,
+    }
     return next((module for field, module in kinds.items() if field in run.config), None)
 
 
