@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from experiments import comparison, offline, offline_report, report, statistics
+from experiments import comparison, offline, offline_report, report, seed_axis, statistics
 from experiments.b2_tables import RESULTS, cell
 from experiments.comparison import Comparison
 from experiments.offline import Experiment
@@ -79,19 +80,14 @@ def run(root: Path, config: Table) -> Path:
     for each in experiments.values():
         offline.check(each, config.repeats)
     env = {"experiment": "hiql", "command": command(config), **metrics.environment()}
-    for task, each in experiments.items():
-        folder, seeds = root / task, range(config.seed, config.seed + config.repeats)
-        directories = {seed: folder / f"seed-{seed}" for seed in seeds}
-        if all((directory / "result.json").exists() for directory in directories.values()):
-            continue
-        for seed, directory in directories.items():
-            directory.mkdir(parents=True, exist_ok=True)
-            own = dataclasses.asdict(dataclasses.replace(each, seed=seed))
-            metrics.write_json(directory / "config.json", own)
-            metrics.write_json(directory / "env.json", env)
-        lab = offline.make_lab(each, config.repeats)
-        offline.run_arms(lab, each, directories, resume=True)
+    seeds = range(config.seed, config.seed + config.repeats)
+    seed_axis.run_settings(root, experiments, seeds, env, _train)
     return summarise(root, config)
+
+
+def _train(experiment: Experiment, directories: Mapping[int, Path]) -> None:
+    lab = offline.make_lab(experiment, len(directories))
+    offline.run_arms(lab, experiment, directories, resume=True)
 
 
 def command(config: Table) -> str:

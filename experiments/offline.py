@@ -28,8 +28,7 @@ from experiments.ogbench_settings import METHODS, TASKS
 from experiments.real_envs import RealEnvironments as Real
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
-from jaxalign.core.checkpoint import Checkpoints
-from jaxalign.core.loop import Hook, fit
+from jaxalign.core.loop import Hook
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, Params, PyTree, UserError
 from jaxalign.data import ogbench_play, trajectories
@@ -291,28 +290,21 @@ def train_arm(
         counted = {"mean_success": found["success"].mean(), "updates": step * config.at_once}
         return {**found, **counted}
 
-    for directory in directories.values():
-        directory.mkdir(parents=True, exist_ok=True)
-    first = next(iter(directories.values()))
-    opened = seed_axis.BySeed({s: sinks.open_sinks(config, d, arm) for s, d in directories.items()})
-    with contextlib.closing(Checkpoints(first / "ckpt")) as checkpoints:
-        state = fit(
-            state,
-            step,
-            lambda i: lab.data,
-            key,
-            steps=config.updates // config.at_once,
-            checkpoints=checkpoints,
-            save_every=config.save_every // config.at_once,
-            resume=resume,
-            sinks=[opened],
-            hooks=[Hook(config.evaluate_every // config.at_once, measure)],
-            title=arm,
-            speed=(config.at_once * len(seeds), "updates"),
-            shown=("mean_success",),
-            put=lambda data: data,
-        )
-        opened.close()
+    state = seed_axis.train(
+        state,
+        step,
+        lab.data,
+        key,
+        config,
+        arm,
+        directories,
+        Hook(config.evaluate_every // config.at_once, measure),
+        steps=config.updates // config.at_once,
+        save_every=config.save_every // config.at_once,
+        speed=(config.at_once * len(seeds), "updates"),
+        shown="mean_success",
+        resume=resume,
+    )
     finish_arm(lab, config, arm, state, directories, real)
 
 

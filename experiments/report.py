@@ -26,6 +26,7 @@ import numpy as np
 from experiments import (
     cli,
     comparison,
+    downstream_report,
     language_report,
     offline_report,
     pages,
@@ -164,6 +165,7 @@ def build(workdir: str | Path) -> Path:
         offline_report: maze_plots,
         skill_report: skill_plots,
         starc_report: starc_plots,
+        downstream_report: downstream_report,
     }.get(other, plots)
     pictures = {}
     for name, figure in drawing.figures(run):
@@ -190,13 +192,14 @@ def _of_another_kind(run: Comparison) -> types.ModuleType | None:
     """The report of a run that is none of pictures.
 
     Runs of language say from which `source` their prompts come, those that reach goals their
-    `task`, those that learn skills their `environment`, those that compare rewards their `parts`;
-    those of pictures which `world` is drawn.
+    `task`, those that learn skills their `environment`, those that use them what they `control`,
+    those that compare rewards their `parts`; those of pictures which `world` is drawn.
     """
     kinds = {
         "source": language_report,
         "task": offline_report,
         "environment": skill_report,
+        "control": downstream_report,
         "parts": starc_report,
     }
     return next((module for field, module in kinds.items() if field in run.config), None)

@@ -5,15 +5,21 @@ Dimensions: S seeds.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
+from jaxalign.core.checkpoint import Checkpoints
+from jaxalign.core.loop import Hook, Step, fit
 from jaxalign.core.state import TrainState
+from jaxalign.core.types import Array, PyTree
 
 # Leading axes of a training state's parts: seeds everywhere, but steps are counted together.
 OF = TrainState(step=None, params=0, opt_state=0, slow=0, extra=0)  # ty: ignore[invalid-argument-type]
@@ -72,3 +78,75 @@ class BySeed:
         for own in self._sinks.values():
             for sink in own:
                 sink.close()
+
+
+def train(
+    state: TrainState,
+    step: Step,
+    given: PyTree,
+    key: Array,
+    config: Any,
+    arm: str,
+    directories: Mapping[int, Path],
+    hook: Hook,
+    *,
+    steps: int,
+    save_every: int,
+    speed: tuple[int, str],
+    shown: str,
+    resume: bool,
+) -> TrainState:
+    """The state of all seeds after `steps` dispatches; each seed has its rows in its own folder.
+
+    given: what `step` takes every time, on the devices.
+    config: of the experiment, which says what sinks there are.
+    directories: of the arm, by seed. The checkpoints lie in the first one.
+    hook, save_every, speed, shown: as in `fit`, counted in dispatches.
+    """
+    for directory in directories.values():
+        directory.mkdir(parents=True, exist_ok=True)
+    opened = BySeed({s: sinks.open_sinks(config, d, arm) for s, d in directories.items()})
+    first = next(iter(directories.values()))
+    with contextlib.closing(Checkpoints(first / "ckpt")) as checkpoints:
+        state = fit(
+            state,
+            step,
+            lambda i: given,
+            key,
+            steps=steps,
+            checkpoints=checkpoints,
+            save_every=save_every,
+            resume=resume,
+            sinks=[opened],
+            hooks=[hook],
+            title=arm,
+            speed=speed,
+            shown=(shown,),
+            put=lambda given: given,
+        )
+        opened.close()
+    return state
+
+
+def run_settings(
+    root: Path,
+    settings: Mapping[str, Any],
+    seeds: Sequence[int],
+    env: Mapping[str, Any],
+    run: Callable[[Any, Mapping[int, Path]], None],
+) -> None:
+    """Runs each setting with all seeds in a folder of its own, unless it is done; resumable.
+
+    settings: experiments by name. env: for every folder's `env.json`.
+    run: `(experiment, folders by seed)`, goes on where it stopped.
+    """
+    for name, each in settings.items():
+        directories = {seed: root / name / f"seed-{seed}" for seed in seeds}
+        if all((directory / "result.json").exists() for directory in directories.values()):
+            continue
+        for seed, directory in directories.items():
+            directory.mkdir(parents=True, exist_ok=True)
+            own = dataclasses.asdict(dataclasses.replace(each, seed=seed))
+            sinks.write_json(directory / "config.json", own)
+            sinks.write_json(directory / "env.json", {**env, "preset": name})
+        run(each, directories)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import comparison, report, skill_report, skills, statistics
+from experiments import comparison, report, seed_axis, skill_report, skills, statistics
 from experiments.b2_tables import RESULTS, cell
 from experiments.comparison import Comparison
 from experiments.skills import Experiment
@@ -51,19 +51,14 @@ def run(root: Path, claims: Claims, known: Mapping[str, Experiment]) -> Path:
         skills.check(known[name], claims.repeats)
     env = {"experiment": "metra", "command": command(claims), **metrics.environment()}
     seeds = range(claims.seed, claims.seed + claims.repeats)
-    for name in claims.settings:
-        each = known[name]
-        directories = {seed: root / name / f"seed-{seed}" for seed in seeds}
-        if all((directory / "result.json").exists() for directory in directories.values()):
-            continue
-        for seed, directory in directories.items():
-            directory.mkdir(parents=True, exist_ok=True)
-            own = dataclasses.asdict(dataclasses.replace(each, seed=seed))
-            metrics.write_json(directory / "config.json", own)
-            metrics.write_json(directory / "env.json", {**env, "preset": name})
-        lab = skills.make_lab(each, claims.repeats)
-        skills.run_arms(lab, each, directories, resume=True)
+    settings = {name: known[name] for name in claims.settings}
+    seed_axis.run_settings(root, settings, seeds, env, _train)
     return summarise(root, claims)
+
+
+def _train(experiment: Experiment, directories: Mapping[int, Path]) -> None:
+    lab = skills.make_lab(experiment, len(directories))
+    skills.run_arms(lab, experiment, directories, resume=True)
 
 
 def command(claims: Claims) -> str:

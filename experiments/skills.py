@@ -11,7 +11,6 @@ rows of the buffer, K skills shown, O observation, A action, D skill, P coordina
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -28,8 +27,7 @@ import numpy as np
 from experiments import seed_axis, skill_worlds
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
-from jaxalign.core.checkpoint import Checkpoints
-from jaxalign.core.loop import Hook, fit
+from jaxalign.core.loop import Hook
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, PyTree, UserError
 from jaxalign.envs.environment import Environment
@@ -442,28 +440,21 @@ def train_arm(
         counted["mean_coverage"] = found["coverage"].mean()
         return {**found, **counted}
 
-    for directory in directories.values():
-        directory.mkdir(parents=True, exist_ok=True)
-    first = next(iter(directories.values()))
-    opened = seed_axis.BySeed({s: sinks.open_sinks(config, d, arm) for s, d in directories.items()})
-    with contextlib.closing(Checkpoints(first / "ckpt")) as checkpoints:
-        state = fit(
-            state,
-            step,
-            lambda i: lab.world,
-            key,
-            steps=config.epochs // config.at_once,
-            checkpoints=checkpoints,
-            save_every=config.save_every // config.at_once,
-            resume=resume,
-            sinks=[opened],
-            hooks=[Hook(config.evaluate_every // config.at_once, measure)],
-            title=arm,
-            speed=(config.at_once * len(seeds) * rows, "environment steps"),
-            shown=("mean_coverage",),
-            put=lambda world: world,
-        )
-        opened.close()
+    state = seed_axis.train(
+        state,
+        step,
+        lab.world,
+        key,
+        config,
+        arm,
+        directories,
+        Hook(config.evaluate_every // config.at_once, measure),
+        steps=config.epochs // config.at_once,
+        save_every=config.save_every // config.at_once,
+        speed=(config.at_once * len(seeds) * rows, "environment steps"),
+        shown="mean_coverage",
+        resume=resume,
+    )
     finish_arm(arm, directories, evaluation(state)[0])
 
 
