@@ -188,8 +188,12 @@ def continuous_figure(folder: Path) -> Figure:
             label, colour, marker = NAMES[name]
             height = [max(row[f"{name}/{what}"], 1e-7) for row in rows]
             panel.plot(size, height, marker=marker, color=colour, lw=1.5, ms=4, label=label)
-        panel.set_xscale("log", base=2)
+        panel.set_xscale("log")
+        panel.set_xticks(size, [f"{n:,}" for n in size], minor=False)
+        panel.set_xticks([], minor=True)
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        panel.yaxis.set_minor_formatter(lambda value, position: "")
         panel.set_xlabel("sampled states and actions")
     axes[0].set_ylabel("mean error of six distances")
     axes[1].set_ylabel("distance to the same reward, shaped\n(exact: 0)")
