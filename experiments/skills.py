@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import seed_axis, skill_worlds
+from experiments.skill_evaluation import Shown, film, numbers, show, walk
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.loop import Hook
@@ -41,7 +42,6 @@ from jaxalign.ops import coverage
 from jaxalign.ops import skills as skill_ops
 from jaxalign.ops.skills import Transitions
 from jaxalign.rollout import buffer as buffers
-from jaxalign.rollout import episodes
 from jaxalign.rollout.buffer import Buffer
 from jaxalign.rollout.episodes import Episodes
 
@@ -186,28 +186,6 @@ def learner(state: TrainState) -> TrainState:
     return state._replace(extra=state.extra.own)
 
 
-def walk(
-    method: types.ModuleType,
-    own: Any,
-    environment: Environment,
-    state: TrainState,
-    world: PyTree,
-    skills: Array,
-    key: Array,
-    temperature: float,
-) -> Episodes:
-    """An episode with each of the skills `[E, D]`. state: as the method knows it."""
-    reset_key, key = jax.random.split(key)
-    return episodes.unroll(
-        functools.partial(environment.step, world),
-        environment.observe,
-        lambda seen, key: method.act(own, state, seen, skills, key, temperature),
-        environment.reset(world, len(skills), reset_key),
-        key,
-        environment.steps,
-    )
-
-
 def transitions(walked: Episodes, skills: Array, own: Any) -> Transitions:
     """The rows `[T * E, ...]` of episodes with the skills `[E, D]`."""
     before, after = walked.observations[:-1], walked.observations[1:]
@@ -307,94 +285,6 @@ def updates_of(config: Experiment, environment: Environment, epoch: Array) -> Ar
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-class Shown(NamedTuple):
-    """What the policy does with K skills, without noise, and how near to goals it comes.
-
-    skills: `[K, D]`. places: `[T+1, K, P]`. latents: `[T+1, K, D]`, None where the method has none.
-    distance: `[T+1, goals]`, to the goal, with a skill that points there chosen at every step.
-    """
-
-    skills: Array
-    places: Array
-    latents: Array | None
-    distance: Array
-
-
-def show(
-    method: types.ModuleType,
-    own: Any,
-    environment: Environment,
-    config: Experiment,
-    state: TrainState,
-    world: PyTree,
-    key: Array,
-) -> Shown:
-    """Evaluates one seed. state: as the method knows it."""
-    skill_key, walk_key, goal_key, key = jax.random.split(key, 4)
-    skills = skill_ops.evenly(skill_key, config.shown, own.skill_size, own.discrete)
-    walked = walk(method, own, environment, state, world, skills, walk_key, 0.0)
-    latents = None
-    if hasattr(method, "latent"):
-        latents = method.latent(own, state, walked.observations)
-    return Shown(
-        skills,
-        environment.place(walked.observations),
-        latents,
-        seek(method, own, environment, config, state, world, goal_key, key),
-    )
-
-
-def seek(
-    method: types.ModuleType,
-    own: Any,
-    environment: Environment,
-    config: Experiment,
-    state: TrainState,
-    world: PyTree,
-    goal_key: Array,
-    key: Array,
-) -> Array:
-    """Distance to goals `[T+1, goals]` of a policy that is told at every step the skill that leads
-    from here to there, without having been trained for it.
-    """
-    start = environment.reset(world, config.goals, key)
-    places = skill_worlds.goal_places(config.environment, world, config.goals, goal_key)
-    goals = environment.goal_observation(environment.observe(start), places)
-
-    def policy(seen: Array, key: Array) -> Array:
-        skill = method.skill_towards(own, state, seen, goals)
-        return method.act(own, state, seen, skill, key, 0.0)
-
-    walked = episodes.unroll(
-        functools.partial(environment.step, world),
-        environment.observe,
-        policy,
-        start,
-        key,
-        environment.steps,
-    )
-    return jnp.linalg.norm(environment.place(walked.observations) - places[None], axis=-1)
-
-
-def numbers(shown: Shown, visited: Array, radius: float) -> dict[str, Array]:
-    """What is measured of one seed.
-
-    coverage: cells that the K skills visit. total_coverage: those of all training so far.
-    displacement: from the start to the end, mean over skills. reached, stayed: shares of goals
-    within `radius` at some time, and at the end.
-    """
-    places = shown.places.reshape(-1, shown.places.shape[-1])
-    moved = jnp.linalg.norm(shown.places[-1] - shown.places[0], axis=-1)
-    return {
-        "coverage": coverage.count(coverage.cells(places, skill_worlds.REACH)),
-        "total_coverage": coverage.count(visited),
-        "displacement": moved.mean(),
-        "goal/reached": (shown.distance.min(0) < radius).mean(),
-        "goal/stayed": (shown.distance[-1] < radius).mean(),
-        "goal/distance": shown.distance[-1].mean(),
-    }
-
-
 # state of all seeds -> what they show, and {"NAME": [S]}
 Evaluation = Callable[[TrainState], tuple[Shown, dict[str, Array]]]
 
@@ -455,7 +345,7 @@ def train_arm(
         shown="mean_coverage",
         resume=resume,
     )
-    finish_arm(arm, directories, evaluation(state)[0])
+    finish_arm(config, arm, directories, evaluation(state)[0])
 
 
 def make_step(
@@ -471,9 +361,10 @@ def make_step(
     )
 
 
-def finish_arm(arm: str, directories: Mapping[int, Path], shown: Shown) -> None:
+def finish_arm(config: Experiment, arm: str, directories: Mapping[int, Path], shown: Shown) -> None:
     """Every seed's `result.json`, and the walks of its skills for the pictures: `skills.npz` with
-    skill `[K, D]`, place `[T+1, K, P]` and, where there is one, latent `[T+1, K, D]`.
+    skill `[K, D]`, place `[T+1, K, P]` and, where there is one, latent `[T+1, K, D]`. Of MuJoCo's
+    walkers the first seed also leaves `skills.gif`, where it can draw.
     """
     for i, (seed, directory) in enumerate(directories.items()):
         row = sinks.read_json_lines(directory / "metrics.jsonl")[-1]
@@ -485,6 +376,8 @@ def finish_arm(arm: str, directories: Mapping[int, Path], shown: Shown) -> None:
         stored: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
         with sinks.replacing(directory / "skills.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, **stored)
+        if i == 0 and skill_worlds.is_mujoco(config.environment):
+            film(config.environment, np.asarray(shown.seen[i]), directory / "skills.gif")
 
 
 def run_arms(

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import seed_axis, skill_worlds, skills
-from experiments.skills import AXES, Evaluation, Experiment, Lab, Shown
+from experiments import seed_axis, skill_evaluation, skill_worlds, skills
+from experiments.skill_evaluation import Shown
+from experiments.skills import AXES, Evaluation, Experiment, Lab
 from jaxalign.core import mesh as meshes
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, PyTree
@@ -155,8 +156,9 @@ def make_evaluation(
     ) -> tuple[Shown, dict[str, Array]]:
         latents = method.latent(own, state, seen) if hasattr(method, "latent") else None
         distance = jnp.linalg.norm(environment.place(sought) - place[None], axis=-1)
-        shown = Shown(told, environment.place(seen), latents, distance)
-        return shown, skills.numbers(shown, visited, config.goal_radius)
+        filmed = seen[:, : skill_evaluation.FILMED]
+        shown = Shown(told, environment.place(seen), latents, distance, filmed)
+        return shown, skill_evaluation.numbers(shown, visited, config.goal_radius)
 
     judge_all = jax.jit(jax.vmap(judge, in_axes=(seed_axis.OF, 0, 0, 0, 0, 0)))
     key = jax.device_put(jax.random.key(20_000 + config.seed), meshes.replicated(lab.mesh))
