@@ -67,7 +67,7 @@ CAPTIONS = {
     "far have visited, and goals reached with skills chosen on the way: thick the mean over seeds, "
     "shaded its 95 % interval.",
     "paths": "Where the first seed's skills lead, without noise in the actions; a colour is a "
-    "direction of the skill, or one of the one-hot skills.",
+    "direction of the skill, or its largest entry where it has more than two.",
     "latents": "The same paths in the method's latent space, its first two dimensions.",
 }
 
