@@ -84,7 +84,7 @@ def small_ant() -> Experiment:
     return dataclasses.replace(
         ant(),
         **small(hidden=(256, 256), learning_rate=3e-4),
-        epochs=800,
+        epochs=1100,
         buffer=640_000,
         evaluate_every=100,
         save_every=100,
