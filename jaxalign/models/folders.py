@@ -1,37 +1,30 @@
-"""Hugging Face folders: config.json, safetensors (one file or many with an index), tokenizer.
+"""Hugging Face folders of language models: config.json, safetensors, tokenizer.
 
-Reading goes tensor by tensor from the mapped file to its place on the devices, so the host never
-holds the model. Pickle files are refused, as opening one runs what is inside. Families: gpt2,
-llama, qwen2, qwen3.
+`weights` reads the tensors. Families: gpt2, llama, qwen2, qwen3.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxalign.core.state import paths
 from jaxalign.core.types import LanguageModel, Params, PyTree, UserError
-from jaxalign.models import gpt2, llama, scalar_head
+from jaxalign.models import gpt2, llama, scalar_head, weights
 from jaxalign.models.hub import Tensor
+from jaxalign.models.weights import Leaf, Shardings
 
 Config = gpt2.Config | llama.Config
-Rules = Sequence[tuple[str, PartitionSpec]]
-# (abstract parameters, their family's rules) -> a sharding for each parameter.
-Shardings = Callable[[PyTree, Rules], PyTree]
 
 FAMILIES = {"gpt2": gpt2, "llama": llama, "qwen2": llama, "qwen3": llama}
 CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -149,93 +142,30 @@ def _reward_table(config: Config) -> list[Tensor]:
     return [*(tensor._replace(path=f"model/{tensor.path}") for tensor in body), *SCORE]
 
 
-class _Leaf(NamedTuple):
-    """What one parameter has to become."""
-
-    shape: tuple[int, ...]
-    dtype: DTypeLike
-    sharding: Any
-
-    def __call__(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array.astype(self.dtype), self.sharding)
-
-
 def _placing(
     abstract: PyTree, config: Config, dtype: DTypeLike, shardings: Shardings | None
-) -> dict[str, _Leaf]:
+) -> dict[str, Leaf]:
     """Path to its leaf's shape, dtype and place; a scalar head stays f32."""
-    names = jax.tree.leaves(paths(abstract))
-    leaves = jax.tree.leaves(abstract)
-    places = [None] * len(leaves)
-    if shardings is not None:
-        places = jax.tree.leaves(shardings(abstract, _family(config).RULES))
-    return {
-        name: _Leaf(leaf.shape, jnp.float32 if name.startswith("head/") else dtype, place)
-        for name, leaf, place in zip(names, leaves, places, strict=True)
-    }
+    place = weights.places(abstract, _family(config).RULES, dtype, shardings)
+    heads = {name: leaf for name, leaf in place.items() if name.startswith("head/")}
+    return place | {name: leaf._replace(dtype=jnp.float32) for name, leaf in heads.items()}
 
 
-def _read(path: Path, table: Sequence[Tensor], place: Mapping[str, _Leaf]) -> Params:
-    """The parameters of `table`, each read, turned and placed alone."""
-    sources = _sources(path)
-    with contextlib.ExitStack() as stack:
-        files = {file: stack.enter_context(_open(file)) for file in set(sources.values())}
-        names = {file: set(tensors.keys()) for file, tensors in files.items()}
-        opened = {name: files[file] for name, file in sources.items() if name in names[file]}
-        table = _with_their_prefix(table, opened)
-        _check(path, table, place, opened)
-        params: Params = {}
-        for tensor in table:
-            *outer, last = tensor.path.split("/")
-            inner = params
-            for key in outer:
-                inner = inner.setdefault(key, {})
-            inner[last] = place[tensor.path](_part(tensor, opened[tensor.name]))
-    return params
+def _read(path: Path, table: Sequence[Tensor], place: Mapping[str, Leaf]) -> Params:
+    """The parameters of `table`."""
+    copies = _copies({tensor.name for tensor in table})
+    return weights.read(
+        path,
+        _sources(path),
+        lambda names: _with_their_prefix(table, names),
+        place,
+        lambda name: name in copies or CONSTANTS.search(name) is not None,
+    )
 
 
-def _part(tensor: Tensor, file: Any) -> np.ndarray:
-    """Our array out of theirs."""
-    (i, parts), source = tensor.part, file.get_slice(tensor.name)
-    step = source.get_shape()[-1] // parts
-    array = source[..., i * step : (i + 1) * step]
-    return array.T if tensor.transposed else array
-
-
-def _check(
-    path: Path, table: Sequence[Tensor], place: Mapping[str, _Leaf], opened: Mapping[str, Any]
-) -> None:
-    """Raises one UserError that lists all tensors that are missing, unknown or of other shapes."""
-    wanted = {tensor.name: _shape(tensor, place[tensor.path].shape) for tensor in table}
-    shapes = {name: tuple(opened[name].get_slice(name).get_shape()) for name in opened}
-    known = {*wanted, *_copies(wanted)}
-    faults = [f"{name} {wanted[name]} is missing" for name in wanted if name not in shapes]
-    faults += [
-        f"{name} {shapes[name]} is unknown"
-        for name in shapes
-        if name not in known and not CONSTANTS.search(name)
-    ]
-    faults += [
-        f"{name} is {shapes[name]}, must be {shape}"
-        for name, shape in wanted.items()
-        if shapes.get(name, shape) != shape
-    ]
-    if faults:
-        raise UserError(
-            f"{path}: the tensors do not fit config.json: {'; '.join(sorted(faults))}; "
-            "use the folder's own config.json and files"
-        )
-
-
-def _copies(wanted: Mapping[str, Any]) -> set[str]:
+def _copies(wanted: set[str]) -> set[str]:
     """A tied head may be written a second time; it is the embedding."""
-    return set() if {"lm_head.weight", "score.weight"} & set(wanted) else {"lm_head.weight"}
-
-
-def _shape(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of theirs for ours."""
-    shape = shape[::-1] if tensor.transposed else shape
-    return (*shape[:-1], shape[-1] * tensor.part[1])
+    return set() if {"lm_head.weight", "score.weight"} & wanted else {"lm_head.weight"}
 
 
 def _with_their_prefix(table: Sequence[Tensor], names: Mapping[str, Any]) -> list[Tensor]:
@@ -262,28 +192,7 @@ def _values(path: Path) -> dict[str, Any]:
 
 def _sources(path: Path) -> dict[str, Path]:
     """Tensor name to the file that holds it."""
-    if (path / INDEX).exists():
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return {name: path / file for name, file in index.items()}
-    if (path / SINGLE).exists():
-        with _open(path / SINGLE) as file:
-            return dict.fromkeys(file.keys(), path / SINGLE)
-    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-        raise UserError(
-            f"{path}: only pickle files, which are never opened; write {SINGLE} from them "
-            "with save_pretrained of transformers"
-        )
-    raise UserError(f"{path}: neither {SINGLE} nor {INDEX}; give a Hugging Face model folder")
-
-
-@contextlib.contextmanager
-def _open(file: Path) -> Generator[Any]:
-    try:
-        opened = safe_open(file, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
-    with opened as tensors:
-        yield tensors
+    return weights.find(path, ["model"], "transformers")
 
 
 # --- writing -------------------------------------------------------------------------------------
