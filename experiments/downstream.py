@@ -439,9 +439,9 @@ def plane() -> Experiment:
         control="plane-multi-goals",
         preset="plane",
         sac=SAC(hidden=(64, 64), learning_rate=1e-3, buffer=64_000),
-        epochs=400,
-        evaluate_every=20,
-        save_every=100,
+        epochs=100,
+        evaluate_every=10,
+        save_every=50,
     )
 
 
