@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from pathlib import Path
 
 import jax
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxalign.core import mesh
+from jaxalign.models import clip_text, hub, unet, vae
 from jaxalign.models import diffusers_folders as folders
-from jaxalign.models import unet
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -239,6 +241,69 @@ def test_outputs(saved):
         assert error(found[key], value) < 1e-5, key
 
 
+RELEASED = {
+    "unet of 1.x": lambda: diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+    "unet of 2.x": lambda: diffusers.UNet2DConditionModel(
+        sample_size=96,
+        cross_attention_dim=1024,
+        attention_head_dim=[5, 10, 20, 20],
+        use_linear_projection=True,
+    ),
+    "unet of XL": lambda: diffusers.UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=[DOWN[0], DOWN[1], DOWN[1]],
+        up_block_types=[UP[1], UP[1], UP[0]],
+        cross_attention_dim=2048,
+        attention_head_dim=[5, 10, 20],
+        transformer_layers_per_block=[1, 2, 10],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
+    "vae": lambda: diffusers.AutoencoderKL(
+        sample_size=512,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+    ),
+    "second text encoder of XL": lambda: transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=20,
+            hidden_act="gelu",
+            projection_dim=1280,
+            architectures=["CLIPTextModelWithProjection"],
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_sizes_have_the_same_tensors(name):
+    """Every name and shape, and they split over eight devices; nothing is allocated."""
+    with torch.device("meta"):
+        net = RELEASED[name]()
+    expected = {key.removeprefix("text_model."): size for key, size in shapes(net).items()}
+    values = net.config.to_dict() if "text" in name else dict(net.config)
+    family = {"unet": unet, "vae": vae}.get(name.split()[0], clip_text)
+    make = {unet: unet.unet, vae: vae.autoencoder, clip_text: clip_text.text_encoder}[family]
+    abstract = jax.eval_shape(make(family.from_hub(values)).init, jax.random.key(0))
+    sizes = {}
+    for tensor, leaf in zip(hub.mirrored(abstract), jax.tree.leaves(abstract), strict=True):
+        size = list(leaf.shape)
+        sizes[tensor.name] = [*size[:-3:-1], *size[:-2]] if tensor.transposed else size
+    assert sizes == expected
+    placed = mesh.shardings(abstract, mesh.make_mesh({"fsdp": 8}), family.RULES)
+    pairs = zip(jax.tree.leaves(placed), jax.tree.leaves(abstract), strict=True)
+    whole = sum(leaf.size for place, leaf in pairs if place.is_fully_replicated)
+    assert whole < 0.03 * sum(leaf.size for leaf in jax.tree.leaves(abstract))
+
+
 # --- folders --------------------------------------------------------------------------------------
 
 
@@ -316,7 +381,9 @@ def write_golden() -> None:
     GOLDEN.mkdir(parents=True, exist_ok=True)
     for name in MODELS:
         net, given = theirs(name), inputs(name)
-        config = net.config.to_dict() if hasattr(net.config, "to_dict") else dict(net.config)
+        with tempfile.TemporaryDirectory() as folder:
+            net.save_pretrained(folder)
+            config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         described = {"config": config, "tensors": shapes(net)}
         (GOLDEN / f"{name}.json").write_text(json.dumps(described) + "\n", encoding="utf-8")
         np.savez_compressed(GOLDEN / f"{name}.npz", **given, **torch_outputs(name, given))
