@@ -215,7 +215,7 @@ def _place_shape(environment: Environment) -> tuple[int, ...]:
 def learn(
     method: types.ModuleType, own: Any, state: TrainState, count: Array, key: Array
 ) -> tuple[TrainState, dict[str, Array]]:
-    """`count []` gradient steps; metrics are means over them, 0 without any."""
+    """`count []` gradient steps; metrics are means over them, 0 without any, and their number."""
     buffer = state.extra.buffer
 
     def update(i: Array, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
@@ -233,7 +233,7 @@ def learn(
     done, log = jax.lax.fori_loop(0, count, body, (start, log))
     memory = state.extra._replace(own=done.extra)
     log = {name: total / jnp.maximum(count, 1) for name, total in log.items()}
-    return done._replace(step=state.step, extra=memory), log
+    return done._replace(step=state.step, extra=memory), {**log, "updates": count}
 
 
 def make_training(
