@@ -5,6 +5,7 @@
     rlhf                      a whole PPO iteration on a language model, in `bench_rlhf`
     hiql, attempts            offline goal-conditioned learning and its judging, in `bench_hiql`
     metra                     skills: episodes, buffer and gradient steps, in `bench_metra`
+    starc, val                distances between rewards, and regret, in `bench_starc`
 
 Here the compiled program at the size of the `sprites` preset is timed against the same algorithm as
 Python loops over compiled single steps (`bench_loops`) and, where torch is installed, against the
@@ -39,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import bench_decode, bench_hiql, bench_metra, bench_rlhf, cli
+from experiments import bench_decode, bench_hiql, bench_metra, bench_rlhf, bench_starc, cli
 from experiments.b2_diffurl import sprites
 from experiments.bench_loops import Batched, Loop, Pieces, Released
 from experiments.measuring import (
@@ -119,6 +120,7 @@ CASES = {
     **bench_rlhf.CASES,
     **bench_hiql.CASES,
     **bench_metra.CASES,
+    **bench_starc.CASES,
 }
 
 
@@ -425,9 +427,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.use_all_cores()
         # A program out of the cache would show no compile time.
         jax.config.update("jax_enable_compilation_cache", False)
-        others = {
-            part.Bench: part.run for part in (bench_decode, bench_rlhf, bench_hiql, bench_metra)
-        }
+        parts = (bench_decode, bench_rlhf, bench_hiql, bench_metra, bench_starc)
+        others = {part.Bench: part.run for part in parts}
         others.get(type(asked.config), run)(asked.config)
 
 

@@ -306,7 +306,8 @@ def _result(
         f"Continuous: {size:,} states and actions, {NEXT} next states of each, rollouts of {STEPS} "
         f"steps, discount {DISCOUNT}; quadratic features. The second and third reward are "
         "equivalent to the base. Intervals: bootstrap over samples, which does not see what all "
-        "samples get wrong alike. Noise floor: the larger of the distances of the base to itself "
+        "samples get wrong alike. What is left of redistribution falls with next states, not with "
+        "samples. Noise floor: the larger of the distances of the base to itself "
         "with shaping and with redistribution. Rollouts of its own: another set for each reward."
     )
     return Result(numbers, [table], [note])

@@ -11,7 +11,6 @@ Dimensions: X pairs, L slots of prompt and response.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,9 +31,13 @@ from jaxalign.ops import starc_sampled
 
 MOST_PAIRS = 512
 SOURCE = Source(
-    response=8, network=Network(width=32, depth=1, heads=2), prompts=64, demonstrations=64,
-    pairs=8192,
-)  # fmt: skip
+    response=8,
+    network=Network(width=32, depth=2, heads=2),
+    prompts=64,
+    demonstrations=64,
+    pairs=16384,
+)
+RATE = 3e-3  # learning rate of so small a network
 
 
 class Sizes(Protocol):
@@ -62,7 +65,7 @@ def hook(problem: Problem, scores: reward_model.Scores, every: int) -> Hook:
     """Logs `starc`, the distance to the gold score on held-back pairs, after each `every` steps."""
     pairs = jax.tree.map(lambda a: jnp.asarray(a)[:MOST_PAIRS], problem.test_pairs)
     responses = (jnp.concatenate(two) for two in zip(pairs.chosen, pairs.rejected, strict=True))
-    gold = problem.gold(problem.gold_params, *responses)
+    gold = jax.jit(problem.gold)(problem.gold_params, *responses)
     measure = jax.jit(functools.partial(distance, scores))
 
     def run(state: Any, step: int) -> dict[str, Array]:
@@ -76,12 +79,11 @@ def run(config: Sizes, folder: Path) -> Result:
     """Trains a reward model on the synthetic world and watches it."""
     problem = problems.make(SOURCE)
     scalar = with_scalar_head(problem.model)
-    settings = reward_model.Config(updates=config.updates)
+    settings = reward_model.Config(updates=config.updates, learning_rate=RATE)
     state = reward_model.init(scalar.init(jax.random.key(config.seed)), settings)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     sink = metrics.JsonLines(folder / "metrics.jsonl")
     every = max(config.updates // 20, 1)
-    as_is: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     fit(
         state,
         reward_model.make_step(scalar.scores, settings),
@@ -92,7 +94,7 @@ def run(config: Sizes, folder: Path) -> Result:
         hooks=[hook(problem, scalar.scores, every)],
         title="monitor",
         shown=("loss", "accuracy", "starc"),
-        put=as_is,
+        put=_as_is,
     )
     sink.close()
     rows = [r for r in metrics.read_json_lines(folder / "metrics.jsonl") if "starc" in r]
@@ -109,6 +111,10 @@ def run(config: Sizes, folder: Path) -> Result:
         "sqrt(2) is that of unrelated rewards."
     )
     return Result(numbers, [table], [note])
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 def _accuracy(row: dict[str, Any]) -> dict[str, float] | str:

@@ -98,7 +98,7 @@ def _bars(
         if name in PAPER:
             axes.plot(i, of_paper(PAPER[name]), "D", ms=5, mfc="white", mec="#222222", zorder=4)
     words = [name.replace("_", "\n") for name in CANONICALISATIONS]
-    axes.set_xticks(range(len(words)), words)
+    axes.set_xticks(range(len(words)), words, fontsize=7.5)
     axes.grid(visible=False, axis="x")
 
 
@@ -195,6 +195,8 @@ def continuous_figure(folder: Path) -> Figure:
         panel.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
         panel.yaxis.set_minor_formatter(lambda value, position: "")
         panel.set_xlabel("sampled states and actions")
+    axes[0].set_yticks([0.005, 0.01, 0.02, 0.05, 0.1])
+    axes[0].set_yticks([], minor=True)
     axes[0].set_ylabel("mean error of six distances")
     axes[1].set_ylabel("distance to the same reward, shaped\n(exact: 0)")
     handles, labels = axes[0].get_legend_handles_labels()

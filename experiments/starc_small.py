@@ -5,7 +5,6 @@ Each writes one row of metrics and returns its tables.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,26 +45,26 @@ def write_row(folder: Path, numbers: Mapping[str, float]) -> None:
     sink.close()
 
 
-@functools.partial(jax.jit, static_argnames="name")
-def all_distances(mdp: MDP, rewards: Array, name: starc.Canonicalisation) -> Array:
-    """`[N, N]`, norm and metric l2."""
-    return starc.distances(mdp, rewards, canonicalisation=name)
-
-
 @jax.jit
-def worst_regrets(mdp: MDP, rewards: Array) -> Array:
-    """`[N, N]`: the worst regret under the row's reward that the column's reward allows."""
+def compare(mdp: MDP, rewards: Array) -> tuple[dict[str, Array], Array]:
+    """All distances `[N, N]` by canonicalisation (norm and metric l2), and worst regrets `[N, N]`.
+
+    The latter under the row's reward, over all that the column's reward allows.
+    """
+    found: dict[str, Array] = {
+        c: starc.distances(mdp, rewards, canonicalisation=c) for c in CANONICALISATIONS
+    }
     a = starc.canonical(mdp, rewards)[..., 0]
     first, second = jnp.repeat(a, len(a), axis=0), jnp.tile(a, (len(a), 1, 1))
-    return tabular.worst_regret(mdp, first, second).value.reshape(len(a), len(a))
+    worst = tabular.worst_regret(mdp, first, second).value.reshape(len(a), len(a))
+    return found, worst
 
 
 def gridworld(config: Sizes, folder: Path) -> Result:
     """Six rewards that one might write for reaching a corner, all against all."""
     mdp, named = starc_worlds.gridworld()
     names, rewards = list(named), jnp.stack(list(named.values()))
-    worst = np.asarray(worst_regrets(mdp, rewards))
-    found = {c: np.asarray(all_distances(mdp, rewards, c)) for c in CANONICALISATIONS}
+    found, worst = jax.device_get(compare(mdp, rewards))
     rows, numbers = [], {}
     for i, one in enumerate(names):
         for j, two in list(enumerate(names))[i + 1 :]:
@@ -75,8 +74,7 @@ def gridworld(config: Sizes, folder: Path) -> Result:
             numbers[f"{one}-{two}/val"] = apart[0]
             numbers[f"{one}-{two}/worst regret"] = regret
     write_row(folder, numbers)
-    arrays = {c: found[c] for c in CANONICALISATIONS}
-    np.savez(folder / "distances.npz", names=np.array(names), worst=worst, **arrays)
+    np.savez(folder / "distances.npz", names=np.array(names), worst=worst, **found)
     table = {
         "title": "Gridworld: distances (norm and metric l2)",
         "columns": ["rewards", *CANONICALISATIONS, "worst-case regret"],
@@ -100,9 +98,9 @@ def adversarial(config: Sizes, folder: Path) -> Result:
     for k in TIMES:
         made = starc_worlds.adversarial(k_rewards, mdp, k)
         for kind, pair in (("same order", made.same), ("opposite order", made.opposite)):
-            rewards = jnp.stack(pair)
-            found = {c: float(all_distances(mdp, rewards, c)[0, 1]) for c in CANONICALISATIONS}
-            worst = float(worst_regrets(mdp, rewards)[0, 1])
+            pairs, worst = jax.device_get(compare(mdp, jnp.stack(pair)))
+            found = {c: float(pairs[c][0, 1]) for c in CANONICALISATIONS}
+            worst = float(worst[0, 1])
             rows.append([f"{k:g}", kind, *(f"{d:.4f}" for d in found.values()), f"{worst:.4f}"])
             numbers |= {f"{kind} {k:g}/{c}": d for c, d in found.items()}
             numbers[f"{kind} {k:g}/worst regret"] = worst

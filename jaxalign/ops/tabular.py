@@ -183,17 +183,18 @@ def occupancy(mdp: MDP, policy: Array) -> Array:
     rows = jnp.arange(states)[None, :]
     chain = mdp.transition[jnp.broadcast_to(rows, policy.shape), policy]
     start = jnp.broadcast_to(mdp.start[None, :], policy.shape)
-    visits = _eliminated(_evaluation_matrix(mdp, chain).swapaxes(1, 2), start)
+    visits = solve_dominant(_evaluation_matrix(mdp, chain).swapaxes(1, 2), start)
     # Their sum is known exactly, which takes most of the rounding out.
     visits = visits / (visits.sum(-1, keepdims=True) * (1 - mdp.discount))
     return visits[..., None] * jax.nn.one_hot(policy, actions, dtype=visits.dtype)
 
 
-def _eliminated(matrix: Array, right: Array) -> Array:
+def solve_dominant(matrix: Array, right: Array) -> Array:
     """x `[N, S]` with matrix `[N, S, S]` x = right `[N, S]`, by elimination without pivots.
 
-    Stable, as the diagonal of 1 - discount * chain outweighs the rest of each row. Not LAPACK's,
-    whose batches wait for each other for ever inside a loop inside a loop on the CPU (jax 0.10).
+    For matrices such as 1 - discount * chain: stable, as the diagonal outweighs the rest of rows.
+    Not LAPACK's, whose batches wait for each other for ever inside a loop inside a loop on the CPU
+    (jax 0.10).
     """
     whole = jnp.concatenate([matrix, right[..., None]], -1)
 
@@ -321,8 +322,10 @@ def worst_regret(
     policy = uniform_policy(mdp)
     scaled = []
     for reward in (first, second):
-        # The advantage orders policies alike and is as small as can be.
+        # The advantage orders policies alike and is as small as can be, perhaps but rounding.
         part = advantages(mdp, policy, reward)
+        floor = 100 * jnp.finfo(part.dtype).eps * jnp.abs(centred(reward)[0]).max((1, 2))
+        part = jnp.where(_wide(jnp.abs(part).max((1, 2)) > floor), part, 0)
         width = spread(mdp, part, extremes(mdp, part, sweep_tolerance))
         scaled.append(jnp.where((width > 0)[:, None, None], part / _wide(_safe(width)), 0))
     one, two = scaled
