@@ -1,6 +1,6 @@
 """Convolution, group norm and residual blocks of Stable Diffusion's networks; channels come last.
 
-XLA:CPU computes the gradient of a convolution inside a loop many times slower than outside, and
+XLA:CPU computes the gradient of a convolution inside a loop twenty times slower than outside, and
 samplers and training steps are loops (jax issue 12868). There a convolution is one matrix product
 on the pixels' neighbourhoods, side by side; on accelerators it is XLA's own.
 

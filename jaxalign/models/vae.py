@@ -47,10 +47,9 @@ RULES = (
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes. widths: channels of each level, finest first. layers: residual blocks a level of the
-    encoder; the decoder has one more. scale: of the latents. size: the pictures' side in training.
+    encoder; the decoder has one more. scale: of the latents.
     """
 
-    size: int
     channels: int
     latent_channels: int
     widths: tuple[int, ...]
@@ -258,7 +257,6 @@ def from_hub(values: Mapping[str, Any]) -> Config:
                 "supported; use a checkpoint that has it so"
             )
     return Config(
-        size=hub.size(values, "sample_size"),
         channels=hub.size(values, "in_channels"),
         latent_channels=hub.size(values, "latent_channels"),
         widths=widths,
