@@ -22,7 +22,7 @@ ones take |x| or x^2 times the transition's probability. With norm and metric l2
 half of that (it centres too, which canonical rewards of mean 0 need not).
 
 Departures: the paper's code minimises by Adam and sweeps for V; here both are exact, with one
-factorisation a process for all rewards. Norms of `none` etc. as there.
+factorisation a process for all rewards. A canonical reward that is only rounding counts as 0.
 
 Dimensions: S states, A actions, N rewards. A canonical reward is `[N, S, A, S]`, or `[N, S, A, 1]`
 where it is the same for all next states.
@@ -66,8 +66,8 @@ def distance(
 
     first, second: `[..., S, A, S]`, of leading shapes that broadcast. policy: `[S, A]`, of `val`
     and `val_potential`; uniform by default. Differentiable in the rewards, with gradient 0 at
-    distance 0 and for trivial rewards (equal returns for all policies), which have distance 0 to
-    each other and norm(metric) 1 or so to all others.
+    distance 0 and for trivial rewards (equal returns for all policies). Those have distance 0 to each
+    other, and to all others the size of a standardised reward, 1 where norm and metric are the same.
 
     Raises: UserError for transitions that are no distributions, a discount outside [0, 1), shapes
     that do not fit, numbers that are not finite, and unknown names.

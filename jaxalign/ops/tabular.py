@@ -11,8 +11,8 @@ worst case is a linear programme over occupancies, and its dual has one variable
 convex and piecewise linear in x, which `worst_regret` follows from vertex to vertex.
 
 Rewards enter as r(s, a), the mean over next states (`expected_reward`). Their mean is taken off
-before anything is solved: it changes every return by the same known amount, and without it float32
-keeps two digits more at a discount of .999.
+before anything is solved: it changes every return by the same known amount, and left in it costs
+float32 two digits more at a discount of .999.
 
 Departures: none. All programmes are for one process and many rewards; `jax.vmap` adds processes.
 
