@@ -66,8 +66,8 @@ def distance(
 
     first, second: `[..., S, A, S]`, of leading shapes that broadcast. policy: `[S, A]`, of `val`
     and `val_potential`; uniform by default. Differentiable in the rewards, with gradient 0 at
-    distance 0 and for trivial rewards (equal returns for all policies). Those have distance 0 to each
-    other, and to all others the size of a standardised reward, 1 where norm and metric are the same.
+    distance 0 and for trivial rewards (equal returns for all policies). Those have distance 0 to
+    each other, and to all others 1 where norm and metric are the same.
 
     Raises: UserError for transitions that are no distributions, a discount outside [0, 1), shapes
     that do not fit, numbers that are not finite, and unknown names.
