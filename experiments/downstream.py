@@ -406,12 +406,7 @@ def run_arms(
         low = load_skills(experiment, folders, source, len(directories))
         own = {seed: directory / arm for seed, directory in directories.items()}
         train_arm(lab, config, arm, low, own, resume=resume)
-    for directory in directories.values():
-        result: dict[str, Any] = {}
-        for arm in config.arms:
-            found = json.loads((directory / arm / "result.json").read_text())
-            result |= {f"{arm}/{name}": v for name, v in found.items() if name != "arm"}
-        sinks.write_json(directory / "result.json", result)
+    seed_axis.gather(directories, config.arms)
 
 
 def check(config: Experiment, seeds: int) -> None:

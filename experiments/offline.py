@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import types
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -382,9 +381,5 @@ def run_arms(
         for arm in config.arms:
             own = {seed: directory / arm for seed, directory in directories.items()}
             train_arm(lab, config, arm, own, real, resume=resume)
-    for directory in directories.values():
-        result: dict[str, Any] = {f"data/{n}": str(v) for n, v in lab.provenance.items()}
-        for arm in config.arms:
-            numbers = json.loads((directory / arm / "result.json").read_text())
-            result |= {f"{arm}/{name}": v for name, v in numbers.items() if name != "arm"}
-        sinks.write_json(directory / "result.json", result)
+    data = {f"data/{name}": str(value) for name, value in lab.provenance.items()}
+    seed_axis.gather(directories, config.arms, data)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -126,6 +127,21 @@ def train(
         )
         opened.close()
     return state
+
+
+def gather(
+    directories: Mapping[int, Path], arms: Sequence[str], common: Mapping[str, Any] | None = None
+) -> None:
+    """Every seed's `result.json`: what its arms left in theirs, as "ARM/NUMBER".
+
+    common: numbers of the run, which come first.
+    """
+    for directory in directories.values():
+        result = dict(common or {})
+        for arm in arms:
+            found = json.loads((directory / arm / "result.json").read_text())
+            result |= {f"{arm}/{name}": v for name, v in found.items() if name != "arm"}
+        sinks.write_json(directory / "result.json", result)
 
 
 def run_settings(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -387,9 +386,4 @@ def run_arms(
     for arm in config.arms:
         own = {seed: directory / arm for seed, directory in directories.items()}
         train_arm(lab, config, arm, own, resume=resume)
-    for directory in directories.values():
-        result: dict[str, Any] = {}
-        for arm in config.arms:
-            found = json.loads((directory / arm / "result.json").read_text())
-            result |= {f"{arm}/{name}": v for name, v in found.items() if name != "arm"}
-        sinks.write_json(directory / "result.json", result)
+    seed_axis.gather(directories, config.arms)
