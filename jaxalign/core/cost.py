@@ -147,10 +147,19 @@ def _convolution_flops(equation: jex.JaxprEqn) -> float:
 
 
 def _scan(equation: jex.JaxprEqn, inputs: list[Range]) -> Cost:
-    constants, carried = equation.params["num_consts"], equation.params["num_carry"]
-    # Slices have the range of the whole; what is carried may become anything.
+    body = equation.params["jaxpr"].jaxpr
+    sliced = _with_another_rank(equation.invars, body.invars)
+    stacked = _with_another_rank(equation.outvars, body.outvars)
+    # First come constants, then what is carried, then slices. Slices have the range of the whole;
+    # what is carried may become anything.
+    carried = len(stacked) - sum(stacked)
+    constants = len(sliced) - sum(sliced) - carried
     known = [*inputs[:constants], *[None] * carried, *inputs[constants + carried :]]
     return _closed(equation.params["jaxpr"], known)[0].times(equation.params["length"])
+
+
+def _with_another_rank(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
+    return [len(_shape(a)) != len(_shape(b)) for a, b in zip(outside, inside, strict=True)]
 
 
 def _while(equation: jex.JaxprEqn, inputs: list[Range]) -> Cost:
