@@ -206,13 +206,16 @@ def compiled_variant(problem: Problem, case: Case) -> Variant:
     given = jax.device_put((problem.state, problem.task), everywhere)
     pictures = jax.device_put((problem.samples, problem.rewards), everywhere)
     optimizer = b2_diffurl.make_optimizer(config)
-    sample = jax.jit(functools.partial(b2_diffurl.sample, predict, config, shape, rows))
+    draw = functools.partial(b2_diffurl.sample, predict, config, config.groups, shape, rows)
+    sample = jax.jit(draw)
     train = jax.jit(
         functools.partial(b2_diffurl.update, predict, config, optimizer, rows=rows),
         donate_argnums=0,
     )
     reward = problem.world.rewards["mixed"]
-    whole = b2_diffurl.make_stage(predict, config, shape, lambda latents: latents, reward, rows)
+    whole = b2_diffurl.make_stage(
+        predict, config, shape, b2_diffurl.pictures_are_latents, reward, rows
+    )
 
     def prepare(run: int) -> Thunk:
         (state, task), key = given, jax.device_put(run_key(run), everywhere)

@@ -75,7 +75,7 @@ class Pieces:
         """Prompts `[G]`, initial noise `[G, ...]` and the paths' key, drawn as in `b2_diffurl`."""
         prompt_key, start_key, path_key = jax.random.split(key, 3)
         groups = (self.config.groups,)
-        prompt = jax.random.randint(prompt_key, groups, 0, task.context.shape[0])
+        prompt = jax.random.randint(prompt_key, groups, 0, task.prompts)
         return prompt, jax.random.normal(start_key, (*groups, *self.shape), jnp.float32), path_key
 
     def step(
@@ -123,7 +123,7 @@ class Pieces:
         return self.reward(pictures, batch, task.reward)
 
     def prepare(self, state: TrainState, task: Task, samples: Samples, rewards: Array) -> Prepared:
-        config, prompts = self.config, task.context.shape[0]
+        config, prompts = self.config, task.prompts
         rewards = rewards.reshape(config.groups, -1)
         repeated = jnp.repeat(samples.prompt, config.leaves)
         now = pg.moments_by(repeated, rewards.reshape(-1), prompts)

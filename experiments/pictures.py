@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.core import distributed
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.checkpoint import Checkpoints, cached
@@ -197,7 +198,7 @@ def base_model(config: Experiment, world: World, mesh: jax.sharding.Mesh) -> Par
         images, tokens = world.corpus(config.base.seed)
         data = {"images": images, "tokens": tokens, "alphas": ALPHAS.astype(np.float32)}
         state, key = denoising.init(*networks, config.base), jax.random.key(config.base.seed)
-        data, state, key = jax.device_put((data, state, key), meshes.replicated(mesh))
+        data, state, key = distributed.put((data, state, key), meshes.replicated(mesh))
         state = fit(
             state,
             denoising.make_step(*networks, config.base, meshes.batch_sharding(mesh)),
@@ -253,7 +254,7 @@ def compiled_drawing(
     @jax.jit
     def draw(state: TrainState, task: b2_diffurl.Task, key: Array) -> Drawn:
         params, base = b2_diffurl.policy_params(state, b2), b2_diffurl.reference_params(state)
-        prompt = jnp.repeat(jnp.arange(task.context.shape[0]), pictures)
+        prompt = jnp.repeat(jnp.arange(task.prompts), pictures)
         start_key, path_key = jax.random.split(key)
         start = jax.random.normal(start_key, (prompt.shape[0], *shape))
         context = task.rows(prompt)
@@ -323,7 +324,7 @@ def make_task(lab: Lab, config: b2_diffurl.Config, prompts: Prompts) -> b2_diffu
         jnp.asarray(prompts.target),
         lab.world.reward_params,
     )
-    return jax.device_put(task, meshes.replicated(lab.mesh))
+    return distributed.put(task, meshes.replicated(lab.mesh))
 
 
 def make_evaluation(
@@ -335,7 +336,7 @@ def make_evaluation(
     read = compiled_reading(world.success, world.factors, world.factor_sizes)
     score = make_score(world, config.reward, host)
     task = make_task(lab, b2, worlds.concatenate(world.train, world.heldout))
-    key = jax.device_put(jax.random.key(10_000 + config.seed), meshes.replicated(lab.mesh))
+    key = distributed.put(jax.random.key(10_000 + config.seed), meshes.replicated(lab.mesh))
     boundary = len(world.train.text) * config.pictures
 
     def run(state: TrainState) -> dict[str, Evaluation]:
@@ -374,9 +375,9 @@ def make_stage(
         # The rate lives in the optimizer's state: one compiled stage serves all of a sweep.
         any_rate = dataclasses.replace(b2, learning_rate=1.0)
         return compiled_stage(apply, any_rate, shape, lab.world.rewards[config.reward], rows)
-    predict = guided(apply, b2.guidance)
+    predict, decode = guided(apply, b2.guidance), b2_diffurl.pictures_are_latents
     chunks = math.gcd(2, rows.shard_shape((b2.groups,))[0])  # as many as the devices can share
-    return b2_diffurl.make_host_stage(predict, b2, shape, lambda x: x, host, rows, chunks)
+    return b2_diffurl.make_host_stage(predict, b2, shape, decode, host, rows, chunks)
 
 
 @functools.cache
@@ -389,7 +390,7 @@ def compiled_stage(
 ) -> Callable[[TrainState, b2_diffurl.Task, Array], tuple[TrainState, dict[str, Array]]]:
     """`b2_diffurl.make_stage`, once for equal arguments; pictures are their own latents."""
     predict = guided(apply, b2.guidance)
-    return b2_diffurl.make_stage(predict, b2, shape, lambda latents: latents, reward, rows)
+    return b2_diffurl.make_stage(predict, b2, shape, b2_diffurl.pictures_are_latents, reward, rows)
 
 
 class RatioIsOne:
@@ -420,8 +421,8 @@ def train_arm(
     b2 = ARMS[arm](config.b2)
     task = make_task(lab, b2, lab.world.train)
     key = jax.random.key(config.seed)
-    state = b2_diffurl.init(b2, lab.base["net"], task.context.shape[0], key, LORA_RULE)
-    state, key = jax.device_put((state, key), meshes.replicated(lab.mesh))
+    state = b2_diffurl.init(b2, lab.base["net"], task.prompts, key, LORA_RULE)
+    state, key = distributed.put((state, key), meshes.replicated(lab.mesh))
     host = open_reward(config)
     stage, evaluation = make_stage(lab, config, b2, host), make_evaluation(lab, config, b2, host)
     sample_grid = functools.partial(save_samples, lab.world, config.pictures, directory)
@@ -472,11 +473,11 @@ def save_samples(
     """`samples-WHEN.npz`: four pictures of each prompt, 8 bit, and the rewards of all of them."""
     arrays: dict[str, np.ndarray] = {}
     for name, evaluation in results.items():
-        images = np.asarray(jax.device_get(evaluation.images)).reshape(
+        images = np.asarray(distributed.fetch(evaluation.images)).reshape(
             -1, pictures, *world.image_shape
         )
-        reward = np.asarray(jax.device_get(evaluation.reward)).reshape(-1, pictures)
-        success = np.asarray(jax.device_get(evaluation.success)).reshape(-1, pictures)
+        reward = np.asarray(distributed.fetch(evaluation.reward)).reshape(-1, pictures)
+        success = np.asarray(distributed.fetch(evaluation.success)).reshape(-1, pictures)
         arrays[f"{name}/images"] = np.asarray(to_uint8(images[:, :4]))
         arrays[f"{name}/prompts"] = np.array(getattr(world, name).text)
         arrays[f"{name}/reward"], arrays[f"{name}/success"] = reward, success

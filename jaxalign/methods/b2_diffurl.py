@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -161,19 +161,25 @@ class Config:
 class Task(NamedTuple):
     """What a stage reads and never changes; an argument of the compiled code.
 
-    sampler: the steps. context: `[P, L, D]`, null: `[L, D]`, embedded prompts and the empty prompt.
+    sampler: the steps. context: `[P, ...]`, null: `[...]`, embedded prompts and the empty prompt,
+    arrays or pytrees as the network takes them.
     target: pytree of `[P, ...]`, what the reward needs to know of each prompt.
-    reward: parameters of the reward.
+    reward, decoder: parameters of the reward, and of what turns latents into pictures.
     """
 
     sampler: Sampler
-    context: Array
-    null: Array
+    context: PyTree
+    null: PyTree
     target: PyTree
     reward: PyTree
+    decoder: PyTree = None
+
+    @property
+    def prompts(self) -> int:
+        return jax.tree.leaves(self.context)[0].shape[0]
 
     def rows(self, prompt: Array) -> Context:
-        return Context(self.context[prompt], self.null)
+        return Context(self.context, self.null).rows(prompt)
 
 
 class Extra(NamedTuple):
@@ -197,6 +203,9 @@ class Samples(NamedTuple):
     pictures: Array
     record: Rollout
 
+
+# (Task.decoder, latents [B, ...]) -> pictures [B, ...]
+Decode = Callable[[PyTree, Array], Array]
 
 # (pictures [B, ...], {"prompt": [B], ...} with the rows of Task.target, Task.reward) -> f32[B]
 Reward = Callable[[Array, dict[str, Any], PyTree], Array]
@@ -261,6 +270,7 @@ def split_points(config: Config, suffix: Array) -> Array:
 def sample(
     predict: Predict,
     config: Config,
+    groups: int,
     shape: tuple[int, ...],
     rows: NamedSharding | None,
     state: TrainState,
@@ -269,11 +279,11 @@ def sample(
 ) -> Samples:
     """Draws prompts with replacement and samples their trees.
 
-    shape: of a latent. rows: how groups lie on a mesh.
+    groups: how many trees. shape: of a latent. rows: how groups lie on a mesh.
     """
     prompt_key, start_key, path_key = jax.random.split(key, 3)
-    prompt = jax.random.randint(prompt_key, (config.groups,), 0, task.context.shape[0])
-    start = jax.random.normal(start_key, (config.groups, *shape), jnp.float32)
+    prompt = jax.random.randint(prompt_key, (groups,), 0, task.prompts)
+    start = jax.random.normal(start_key, (groups, *shape), jnp.float32)
     if rows is not None:
         prompt, start = jax.lax.with_sharding_constraint((prompt, start), rows)
     leaves, record = branch(
@@ -403,7 +413,7 @@ def update(
     rewards: `[G*leaves] f32`. rows: how groups lie on a mesh, and so the pairs of a micro-batch.
     """
     rewards = rewards.reshape(config.groups, config.leaves)
-    prompts = task.context.shape[0]
+    prompts = task.prompts
     now = pg.moments_by(jnp.repeat(samples.prompt, config.leaves), rewards.reshape(-1), prompts)
     history = pg.push(state.extra.history, now)
     earned = credit(config, rewards, samples.prompt, pg.pool(history))
@@ -526,77 +536,97 @@ def next_suffix(config: Config, stage: Array, suffix: Array, share: Array) -> Ar
     return jnp.minimum(grown, config.suffix_stop).astype(jnp.int32)
 
 
+def pictures_are_latents(_: PyTree, latents: Array) -> Array:
+    """What decodes where the network works on pictures."""
+    return latents
+
+
 def make_stage(
     predict: Predict,
     config: Config,
     shape: tuple[int, ...],
-    decode: Callable[[Array], Array],
+    decode: Decode,
     reward: Reward,
     rows: NamedSharding | None = None,
+    chunks: int = 1,
 ) -> Callable[[TrainState, Task, Array], tuple[TrainState, dict[str, Array]]]:
     """The whole stage as one compiled program `(state, task, key) -> (state, metrics)`.
 
     The state is donated.
 
-    shape: of a latent. decode: latents to pictures. reward: on device; for host rewards see
-    `make_host_stage`.
+    shape: of a latent. reward: on device; for host rewards see `make_host_stage`.
     rows: how groups lie on a mesh; a group's branches stay on its device.
+    chunks: parts of the groups that are sampled and scored one after the other, to save memory.
+    Raises: UserError when the groups cannot be shared out so.
     """
-    optimizer = make_optimizer(config)
+    groups, optimizer = _chunk_groups(config, chunks, rows), make_optimizer(config)
 
     def stage(state: TrainState, task: Task, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        sample_key, update_key = jax.random.split(key)
-        samples = sample(predict, config, shape, rows, state, task, sample_key)
-        rewards = reward(
-            decode(samples.pictures), _reward_batch(config, task, samples.prompt), task.reward
-        )
+        def draw(key: Array) -> tuple[Samples, Array]:
+            samples = sample(predict, config, groups, shape, rows, state, task, key)
+            pictures = decode(task.decoder, samples.pictures)
+            batch = _reward_batch(config, task, samples.prompt)
+            return samples, reward(pictures, batch, task.reward)
+
+        *sample_keys, update_key = _stage_keys(key, chunks)
+        if chunks == 1:
+            samples, rewards = draw(sample_keys[0])
+        else:
+            samples, rewards = _join(*jax.lax.map(draw, jnp.stack(sample_keys)))
         return update(predict, config, optimizer, state, task, samples, rewards, update_key, rows)
 
     return jax.jit(stage, donate_argnums=0)
+
+
+def _chunk_groups(config: Config, chunks: int, rows: NamedSharding | None) -> int:
+    """Groups of one chunk."""
+    if chunks < 1 or config.groups % chunks:
+        raise UserError(
+            f"chunks = {chunks}: must be at least 1 and divide groups = {config.groups}; "
+            "change one of the two"
+        )
+    groups = config.groups // chunks
+    if rows is not None:
+        what = f"groups / {chunks} chunks ="
+        meshes.check_divisible(what, groups, rows.mesh)  # ty: ignore[invalid-argument-type]
+    return groups
+
+
+def _stage_keys(key: Array, chunks: int) -> list[Array]:
+    """A key for each chunk's samples, then the update's."""
+    sample_key, update_key = jax.random.split(key)
+    return [*(jax.random.split(sample_key, chunks) if chunks > 1 else [sample_key]), update_key]
 
 
 def make_host_stage(
     predict: Predict,
     config: Config,
     shape: tuple[int, ...],
-    decode: Callable[[Array], Array],
+    decode: Decode,
     reward: HostReward,
     rows: NamedSharding | None = None,
     chunks: int = 2,
 ) -> Callable[[TrainState, Task, Array], tuple[TrainState, dict[str, Array]]]:
     """As `make_stage` with a reward on the host, which scores a chunk while the next is sampled.
 
-    decode: latents to pictures in [-1, 1]; the reward sees them as bytes. chunks: of the groups,
-    each sampled by the same compiled program; with one the samples are those of `make_stage`.
+    decode: to pictures in [-1, 1]; the reward sees them as bytes. chunks: of the groups, each
+    sampled by the same compiled program; the samples are those of `make_stage` with as many.
     Raises: UserError when the groups cannot be shared out so, and what `reward.result` raises.
     """
-    if chunks < 1 or config.groups % chunks:
-        raise UserError(
-            f"chunks = {chunks}: must be at least 1 and divide groups = {config.groups}; "
-            "change one of the two"
-        )
-    chunk = dataclasses.replace(config, groups=config.groups // chunks)
-    if rows is not None:
-        what = f"groups / {chunks} chunks ="
-        meshes.check_divisible(what, chunk.groups, rows.mesh)  # ty: ignore[invalid-argument-type]
-    optimizer = make_optimizer(config)
-
-    @jax.jit
-    def split(key: Array) -> list[Array]:
-        sample_key, update_key = jax.random.split(key)
-        return [*(jax.random.split(sample_key, chunks) if chunks > 1 else [sample_key]), update_key]
+    groups, optimizer = _chunk_groups(config, chunks, rows), make_optimizer(config)
+    split = jax.jit(functools.partial(_stage_keys, chunks=chunks))
 
     @jax.jit
     def rollout(state: TrainState, task: Task, key: Array) -> tuple[Samples, Array, dict[str, Any]]:
-        samples = sample(predict, chunk, shape, rows, state, task, key)
-        pictures = to_uint8(decode(samples.pictures))
-        return samples, pictures, _reward_batch(chunk, task, samples.prompt)
+        samples = sample(predict, config, groups, shape, rows, state, task, key)
+        pictures = to_uint8(decode(task.decoder, samples.pictures))
+        return samples, pictures, _reward_batch(config, task, samples.prompt)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def learn(
         state: TrainState, task: Task, parts: list[Samples], rewards: list[Array], key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        joined = _join(parts, rewards)
+        joined = _join(*jax.tree.map(lambda *a: jnp.stack(a), *zip(parts, rewards, strict=True)))
         return update(predict, config, optimizer, state, task, *joined, key, rows)
 
     def stage(state: TrainState, task: Task, key: Array) -> tuple[TrainState, dict[str, Array]]:
@@ -612,21 +642,22 @@ def make_host_stage(
     return stage
 
 
-def _join(parts: Sequence[Samples], rewards: Sequence[Array]) -> tuple[Samples, Array]:
-    """Chunks as one. Their groups take turns, so that on a mesh each stays on its device."""
-    groups, record = parts[0].prompt.shape[0], parts[0].record
+def _join(parts: Samples, rewards: Array) -> tuple[Samples, Array]:
+    """Chunks, stacked `[C, ...]`, as one stage.
 
-    def join(arrays: Iterable[Array], axis: int = 0) -> Array:
-        grouped = [a.reshape(*a.shape[:axis], groups, -1, *a.shape[axis + 1 :]) for a in arrays]
-        joined = jnp.concatenate(grouped, axis + 1)
-        return joined.reshape(*joined.shape[:axis], -1, *joined.shape[axis + 2 :])
+    Their groups take turns, so that on a mesh each stays on its device.
+    """
+    groups, record = parts.prompt.shape[1], parts.record
 
-    record = record._replace(
-        latents=join((part.record.latents for part in parts), 1),
-        log_density=join((part.record.log_density for part in parts), 1),
+    def join(a: Array, axis: int = 0) -> Array:
+        grouped = a.reshape(*a.shape[: axis + 1], groups, -1, *a.shape[axis + 2 :])
+        turns = jnp.moveaxis(grouped, 0, axis + 1)
+        return turns.reshape(*turns.shape[:axis], -1, *turns.shape[axis + 3 :])
+
+    record = Rollout(
+        join(record.latents, 1), join(record.log_density, 1), record.first[0], record.last[0]
     )
-    prompt, pictures = join(part.prompt for part in parts), join(part.pictures for part in parts)
-    return Samples(prompt, pictures, record), join(rewards)
+    return Samples(join(parts.prompt), join(parts.pictures), record), join(rewards)
 
 
 def _reward_batch(config: Config, task: Task, prompt: Array) -> dict[str, Any]:

@@ -29,11 +29,21 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """x `[B, H, W, C]` with a square kernel `[K, K, C, D]`: `[B, H', W', D]`."""
     if kernel.shape[0] == 1:
         return _by_rows(x, kernel)
-    if jax.default_backend() == "cpu":
+
+    def as_product(x: Array, kernel: Array) -> Array:
         return _by_rows(_neighbourhoods(x, kernel.shape[0], stride, padding), kernel)
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+
+    def native(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            (padding, padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    # Chosen when it is lowered, so that a CPU can compile what an accelerator will run.
+    return jax.lax.platform_dependent(x, kernel, cpu=as_product, default=native)
 
 
 def _neighbourhoods(x: Array, window: int, stride: int, padding: Padding) -> Array:

@@ -17,40 +17,48 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.core.types import Array, Params
+from jaxalign.core.types import Array, Params, PyTree
 from jaxalign.ops import diffusion
 from jaxalign.ops.diffusion import Sampler
 
 
 class Context(NamedTuple):
-    """What the network is conditioned on: prompt `[B, L, D]`, null `[L, D]` (the empty prompt)."""
+    """What the network is conditioned on, as its model takes it: an array, or a pytree of some.
 
-    prompt: Array
-    null: Array
+    prompt: `[B, ...]`, for example states of the tokens `[B, L, D]`. null: `[...]`, the empty
+    prompt's.
+    """
+
+    prompt: PyTree
+    null: PyTree
 
     def rows(self, index: Array) -> Context:
-        return Context(self.prompt[index], self.null)
+        return Context(jax.tree.map(lambda a: a[index], self.prompt), self.null)
 
 
 # (params, x [B, ...], timestep [B], context of B rows) -> output [B, ...]
 Predict = Callable[[Params, Array, Array, Context], Array]
 
 
-def guided(apply: Callable[[Params, Array, Array, Array], Array], scale: float) -> Predict:
+def guided(apply: Callable[[Params, Array, Array, PyTree], Array], scale: float) -> Predict:
     """A network with classifier-free guidance, one call on a doubled batch; scale 1 needs none."""
 
     def plain(params: Params, x: Array, timestep: Array, context: Context) -> Array:
         return apply(params, x, timestep, context.prompt)
 
     def doubled(params: Params, x: Array, timestep: Array, context: Context) -> Array:
-        null = jnp.broadcast_to(context.null, context.prompt.shape)
-        # Pairs side by side: each device keeps its own rows when the batch is sharded.
-        both = jnp.stack([context.prompt, null], axis=1).reshape(-1, *null.shape[1:])
+        both = jax.tree.map(_beside, context.prompt, context.null)
         out = apply(params, jnp.repeat(x, 2, axis=0), jnp.repeat(timestep, 2), both)
         out = out.reshape(-1, 2, *out.shape[1:])
         return diffusion.guide(out[:, 0], out[:, 1], scale)
 
     return plain if scale == 1 else doubled
+
+
+def _beside(prompt: Array, null: Array) -> Array:
+    """Pairs side by side `[2*B, ...]`: each device keeps its own rows when the batch is sharded."""
+    null = jnp.broadcast_to(null, prompt.shape)
+    return jnp.stack([prompt, null], axis=1).reshape(-1, *prompt.shape[1:])
 
 
 class Rollout(NamedTuple):

@@ -89,7 +89,9 @@ def reward(pictures, batch, scale):
 @functools.cache
 def _stage_of(config, devices):
     rows = meshes.batch_sharding(mesh_of(devices)) if devices else None
-    return b2_diffurl.make_stage(predict, config, SHAPE, lambda x: x, reward, rows)
+    return b2_diffurl.make_stage(
+        predict, config, SHAPE, b2_diffurl.pictures_are_latents, reward, rows
+    )
 
 
 def stage_of(config, devices=0):
@@ -107,7 +109,9 @@ def sample_of(config):
 
     def run(state, task, key):
         sample_key, _ = jax.random.split(key)
-        samples = b2_diffurl.sample(predict, config, SHAPE, None, state, task, sample_key)
+        samples = b2_diffurl.sample(
+            predict, config, config.groups, SHAPE, None, state, task, sample_key
+        )
         batch = b2_diffurl._reward_batch(config, task, samples.prompt)
         return samples, reward(samples.pictures, batch, task.reward)
 
@@ -168,7 +172,7 @@ def test_ratio_is_one_for_the_network_of_the_experiments(estimator):
     net = patch_transformer((8, 8, 1), 4, width=WIDTH, depth=1, heads=2, length=LENGTH)
     config = config_of(estimator, guidance=2.0, threshold=0.1)
     stage = b2_diffurl.make_stage(
-        guided(net.apply, 2.0), config, (8, 8, 1), lambda latents: latents, reward
+        guided(net.apply, 2.0), config, (8, 8, 1), b2_diffurl.pictures_are_latents, reward
     )
     state = b2_diffurl.init(
         config, jax.jit(net.init)(jax.random.key(0)), PROMPTS, jax.random.key(1)
@@ -237,7 +241,7 @@ def test_every_kept_pair_is_trained_once_an_epoch(monkeypatch):
         return gather(index, used, *rest)
 
     monkeypatch.setattr(b2_diffurl, "gather", watched)
-    stage = b2_diffurl.make_stage(predict, config, SHAPE, lambda x: x, reward)
+    stage = b2_diffurl.make_stage(predict, config, SHAPE, b2_diffurl.pictures_are_latents, reward)
     key, state = jax.random.key(5), start(config)
     samples, rewards = sample_of(config)(state, task, key)
     state, metrics = jax.block_until_ready(stage(state, task, key))

@@ -44,7 +44,7 @@ PREDICT = guided(NET.apply, 1.0)
 SAMPLER = diffusion.ddim_sampler(diffusion.scaled_linear_alphas(), CONFIG.steps, prediction="v")
 
 
-def decode(latents):
+def decode(_, latents):
     return latents
 
 
@@ -132,11 +132,12 @@ def assert_same_weights(a, b):
 # --- the same as on the device -------------------------------------------------------------------
 
 
-def test_one_chunk_is_the_stage_on_the_device(reward: HostReward):
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_as_many_chunks_are_the_stage_on_the_device(reward: HostReward, chunks: int):
     config = dataclasses.replace(CONFIG, estimator="telescope", ema=0.5)
-    device = b2_diffurl.make_stage(PREDICT, config, SHAPE, decode, device_brightness)
+    device = b2_diffurl.make_stage(PREDICT, config, SHAPE, decode, device_brightness, chunks=chunks)
     expected, log = run(device, make_state(config), make_task())
-    state, host_log = run(make_host(reward, 1, config=config), make_state(config), make_task())
+    state, host_log = run(make_host(reward, chunks, config=config), make_state(config), make_task())
     assert log.keys() == host_log.keys()
     # What rounding leaves of a log ratio of 0.
     assert host_log.pop("ratio_error") < 1e-5 > log.pop("ratio_error")
@@ -202,8 +203,8 @@ def test_joining_keeps_every_group_whole():
         record = b2_diffurl.Rollout(latents, density, jnp.arange(width), jnp.arange(width) + 1)
         return b2_diffurl.Samples(number, leaf[:, None] * jnp.ones((1, 5)), record), leaf
 
-    parts, rewards = zip(*(part(c) for c in range(chunks)), strict=True)
-    samples, joined = b2_diffurl._join(parts, rewards)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *(part(c) for c in range(chunks)))
+    samples, joined = b2_diffurl._join(*stacked)
     number = np.asarray(samples.prompt)
     assert sorted(number) == sorted(100 * c + g for c in range(chunks) for g in range(groups))
     leaf = (number[:, None] * 10 + np.arange(leaves)).reshape(-1)

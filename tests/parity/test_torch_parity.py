@@ -277,7 +277,9 @@ def test_the_rollout_of_a_stage(problem):
     key = jax.random.key(1)
     state, task = problem.state, problem.task
     samples = jax.jit(
-        lambda *given: b2_diffurl.sample(problem.predict, config, world.image_shape, None, *given)
+        lambda *given: b2_diffurl.sample(
+            problem.predict, config, config.groups, world.image_shape, None, *given
+        )
     )(state, task, key)
     path_key = jax.random.split(key, 3)[2]
     prompt, stage = torch.tensor(np.asarray(samples.prompt)), torch_stage(problem, 0)
