@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,18 +149,34 @@ def render(name: str, positions: np.ndarray, path: str | Path) -> None:
     """
     mujoco, model = walkers.library(), walkers.load(name)
     recipe, data = walkers.find(name), mujoco.MjData(model)
+    missing = UserError(
+        f"pictures of {name!r} need OpenGL without a display: set MUJOCO_GL=egl (or osmesa) "
+        "before the start, and install its library"
+    )
+    if not _has_screen():
+        raise missing
     try:
         renderer = mujoco.Renderer(model, *FRAME)
     except Exception:  # of many kinds: it depends on what is missing
-        raise UserError(
-            f"pictures of {name!r} need OpenGL without a display: set MUJOCO_GL=egl (or osmesa) "
-            "before the start, and install its library"
-        ) from None
+        raise missing from None
     with renderer:
         pictures = [_picture(renderer, data, pose, recipe.camera) for pose in positions]
     milliseconds = round(1000 * recipe.substeps * model.opt.timestep)
     first, *others = map(Image.fromarray, pictures)
     first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+
+
+def _has_screen() -> bool:
+    """Whether MuJoCo's choice of OpenGL may start: where it cannot, its half-made parts complain
+    when they are collected.
+    """
+    chosen = os.environ.get("MUJOCO_GL", "").lower()
+    displays = ("DISPLAY", "WAYLAND_DISPLAY")
+    return (
+        sys.platform != "linux"
+        or chosen in ("egl", "osmesa")
+        or any(os.environ.get(name) for name in displays)
+    )
 
 
 def _picture(renderer: Any, data: Any, pose: np.ndarray, camera: int) -> np.ndarray:
