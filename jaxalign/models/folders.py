@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from jaxalign.core.state import paths
 from jaxalign.core.types import LanguageModel, Params, PyTree, UserError
@@ -28,7 +27,6 @@ Config = gpt2.Config | llama.Config
 
 FAMILIES = {"gpt2": gpt2, "llama": llama, "qwen2": llama, "qwen3": llama}
 CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Constants that older checkpoints hold beside the parameters.
 CONSTANTS = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
 SCORE = (Tensor("head/kernel", "score.weight", transposed=True), Tensor("head/bias", "score.bias"))
@@ -266,7 +264,7 @@ def _save(
         values |= _copied(Path(source), path)
     values["dtype"] = values["torch_dtype"] = str(leaves[table[0].path].dtype)
     (path / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    _write(path, _shards(table, leaves, shard_bytes), leaves)
+    weights.write(path, "model", table, leaves, shard_bytes)
 
 
 def _copied(source: Path, path: Path) -> dict[str, Any]:
@@ -276,44 +274,3 @@ def _copied(source: Path, path: Path) -> dict[str, Any]:
             shutil.copyfile(source / name, path / name)
     values = _values(source)
     return {name: values.get(name) for name in SPECIAL}
-
-
-def _shards(
-    table: Sequence[Tensor], leaves: Mapping[str, jax.Array], limit: int
-) -> list[dict[str, list[Tensor]]]:
-    """Their names, each with our parts of it, cut into files of at most `limit` bytes."""
-    names: dict[str, list[Tensor]] = {}
-    for tensor in table:
-        names.setdefault(tensor.name, []).append(tensor)
-    shards, filled = [{}], 0
-    for name, tensors in names.items():
-        size = sum(leaves[tensor.path].nbytes for tensor in tensors)
-        if shards[-1] and filled + size > limit:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensors
-        filled += size
-    return shards
-
-
-def _write(
-    path: Path, shards: Sequence[Mapping[str, list[Tensor]]], leaves: Mapping[str, jax.Array]
-) -> None:
-    """One file a shard, and the index when there are several."""
-    weight_map, total = {}, 0
-    for i, shard in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {name: _joined(tensors, leaves) for name, tensors in shard.items()}
-        save_file(arrays, path / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(arrays, file)
-        total += sum(array.nbytes for array in arrays.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _joined(tensors: Sequence[Tensor], leaves: Mapping[str, jax.Array]) -> np.ndarray:
-    """Theirs out of ours."""
-    arrays = [np.asarray(leaves[tensor.path]) for tensor in tensors]
-    array = arrays[0].T if tensors[0].transposed else np.concatenate(arrays, axis=-1)
-    return np.ascontiguousarray(array)

@@ -1,7 +1,8 @@
-"""Reading the tensors of a Hugging Face folder: one safetensors file, or many with an index.
+"""The tensors of a Hugging Face folder: one safetensors file, or many with an index.
 
 Reading goes tensor by tensor from the mapped file to its place on the devices, so the host never
-holds the model. Pickle files are refused, as opening one runs what is inside.
+holds the model; writing holds one file's tensors. Pickle files are refused, as opening one runs
+what is inside.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jaxalign.core.state import paths
 from jaxalign.core.types import Params, PyTree, UserError
@@ -38,6 +40,9 @@ class Leaf(NamedTuple):
 
     def __call__(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array.astype(self.dtype), self.sharding)
+
+
+# --- reading -------------------------------------------------------------------------------------
 
 
 def places(
@@ -166,3 +171,69 @@ def open_tensors(file: Path) -> Generator[Any]:
         raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
     with opened as tensors:
         yield tensors
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write(
+    path: Path,
+    stem: str,
+    table: Sequence[Tensor],
+    leaves: Mapping[str, jax.Array],
+    shard_bytes: int,
+    dtype: DTypeLike | None = None,
+) -> None:
+    """Writes the tensors of a table into folder `path`, the inverse of `read`.
+
+    stem: as in `find`. leaves: path to array, each addressable by this process.
+    shard_bytes: files above this size are split, between tensors, with an index.
+    dtype: of the tensors in the files; default: each array's own.
+    """
+    shards = _shards(table, leaves, shard_bytes, dtype)
+    weight_map, total = {}, 0
+    for i, shard in enumerate(shards, start=1):
+        cut = "" if len(shards) == 1 else f"-{i:05d}-of-{len(shards):05d}"
+        file = f"{stem}{cut}.safetensors"
+        arrays = {name: _joined(tensors, leaves, dtype) for name, tensors in shard.items()}
+        save_file(arrays, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(arrays, file)
+        total += sum(array.nbytes for array in arrays.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (path / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _shards(
+    table: Sequence[Tensor],
+    leaves: Mapping[str, jax.Array],
+    limit: int,
+    dtype: DTypeLike | None,
+) -> list[dict[str, list[Tensor]]]:
+    """Their names, each with our parts of it, cut into files of at most `limit` bytes."""
+    names: dict[str, list[Tensor]] = {}
+    for tensor in table:
+        names.setdefault(tensor.name, []).append(tensor)
+    shards, filled = [{}], 0
+    for name, tensors in names.items():
+        arrays = [leaves[tensor.path] for tensor in tensors]
+        size = sum(array.size * np.dtype(dtype or array.dtype).itemsize for array in arrays)
+        if shards[-1] and filled + size > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensors
+        filled += size
+    return shards
+
+
+def _joined(
+    tensors: Sequence[Tensor], leaves: Mapping[str, jax.Array], dtype: DTypeLike | None
+) -> np.ndarray:
+    """Theirs out of ours."""
+    arrays = [np.asarray(leaves[tensor.path]) for tensor in tensors]
+    if tensors[0].transposed:
+        array = np.moveaxis(arrays[0], (-2, -1), (1, 0))
+    else:
+        array = np.concatenate(arrays, axis=-1)
+    return np.ascontiguousarray(array, dtype)
