@@ -143,8 +143,20 @@ def factor_code(values: Array, sizes: Sequence[int]) -> Array:
 def load_prompt_file(path: str | Path, world: World) -> Prompts:
     """The prompts in a JSON file that holds a list of captions.
 
-    Raises: UserError if the file is missing, unreadable, not JSON, not a list of strings, or empty,
-        or if a caption is outside the world's grammar.
+    Raises: UserError for what `read_prompt_file` refuses, or if a caption is outside the world's
+        grammar.
+    """
+    captions = read_prompt_file(path)
+    try:
+        return world.read_prompts(captions)
+    except UserError as error:
+        raise UserError(f"prompt file {path}: {error}") from None
+
+
+def read_prompt_file(path: str | Path) -> list[str]:
+    """The strings in a JSON file that holds a list of captions.
+
+    Raises: UserError if the file is missing, unreadable, not JSON, not a list of strings, or empty.
     """
     rule = 'give a JSON list of captions such as ["..."]'
     try:
@@ -166,7 +178,4 @@ def load_prompt_file(path: str | Path, world: World) -> Prompts:
             raise UserError(
                 f"prompt file {path}: entry {number} is {caption!r}, not a caption; {rule}"
             )
-    try:
-        return world.read_prompts(captions)
-    except UserError as error:
-        raise UserError(f"prompt file {path}: {error}") from None
+    return captions
