@@ -36,7 +36,7 @@ class Topology:
     compiler_name: what `jax.experimental.topologies.get_topology_desc` calls it.
     compiler_options: what that function needs besides the name.
     hosts, chips: machines, and chips in all of them.
-    hbm_bytes: memory that the maker states; the compiler grants a little less.
+    hbm_bytes: memory that the maker states; see `available_bytes`.
     ici_bandwidth: bytes a second that a chip sends to its neighbours over all its links.
     runtime: image of a Cloud TPU VM; None where GKE alone offers the slice.
     gke_accelerator, gke_topology: node selectors of GKE.
@@ -64,6 +64,15 @@ class Topology:
     def devices(self) -> int:
         """What JAX counts: the two cores of a chip are one device up to v5p, and two in TPU7x."""
         return self.chips * (2 if self.generation == "tpu7x" else 1)
+
+    @property
+    def available_bytes(self) -> int:
+        """What the compiler lets a program use of a device's memory, by its own words."""
+        return round(_AVAILABLE_GIB[self.generation] * GIB)
+
+
+# "Ran out of memory on HBM, ... exceeds available HBM (15.75G)", as libtpu 0.0.42 says it.
+_AVAILABLE_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Cost(NamedTuple):
     """flops: additions and multiplications, all devices together.
 
     open_loops: the most turns that each loop without a fixed number of them can take; None where
-        nothing bounds it, and it counts as one turn.
+        nothing bounds it.
     """
 
     flops: float
@@ -41,15 +41,16 @@ class Cost(NamedTuple):
 Range = tuple[int, int] | None
 
 
-def count(function: Callable[..., Any], *arguments: Any) -> Cost:
+def count(function: Callable[..., Any], *arguments: Any, turns: int = 1) -> Cost:
     """The cost of `function(*arguments)`.
 
     arguments: pytrees of arrays or `jax.ShapeDtypeStruct`. Leaves that are NumPy or Python integers
         have known values, which may bound loops; all others stand for any value.
+    turns: of each loop that nothing bounds.
     """
     closed = jax.make_jaxpr(function)(*arguments)
     known = [_range_of(leaf) for leaf in jax.tree.leaves(arguments)]
-    return _walk(closed.jaxpr, [*map(_range_of, closed.consts), *known])[0]
+    return _walk(closed.jaxpr, [*map(_range_of, closed.consts), *known], turns)[0]
 
 
 def _range_of(value: Any) -> Range:
@@ -61,7 +62,7 @@ def _range_of(value: Any) -> Range:
     return None
 
 
-def _walk(jaxpr: jex.Jaxpr, known: Sequence[Range]) -> tuple[Cost, list[Range]]:
+def _walk(jaxpr: jex.Jaxpr, known: Sequence[Range], turns: int) -> tuple[Cost, list[Range]]:
     """The cost of a program, and what is known of its results.
 
     known: of its constants and then its arguments.
@@ -74,13 +75,13 @@ def _walk(jaxpr: jex.Jaxpr, known: Sequence[Range]) -> tuple[Cost, list[Range]]:
     total = Cost(0.0)
     for equation in jaxpr.eqns:
         inputs = [look(atom) for atom in equation.invars]
-        cost, outputs = _equation(equation, inputs)
+        cost, outputs = _equation(equation, inputs, turns)
         total += cost
         ranges |= dict(zip(equation.outvars, outputs, strict=True))
     return total, [look(atom) for atom in jaxpr.outvars]
 
 
-def _equation(equation: jex.JaxprEqn, inputs: list[Range]) -> tuple[Cost, list[Range]]:
+def _equation(equation: jex.JaxprEqn, inputs: list[Range], turns: int) -> tuple[Cost, list[Range]]:
     name = equation.primitive.name
     nothing: list[Range] = [None] * len(equation.outvars)
     if name == "dot_general":
@@ -88,14 +89,16 @@ def _equation(equation: jex.JaxprEqn, inputs: list[Range]) -> tuple[Cost, list[R
     if name == "conv_general_dilated":
         return Cost(_convolution_flops(equation)), nothing
     if name in _LOOPS:
-        return _LOOPS[name](equation, inputs), nothing
+        return _LOOPS[name](equation, inputs, turns), nothing
     inner = list(_programs(equation.params))
     if not inner:
         found = _RANGES[name](equation, inputs) if name in _RANGES else None
         return Cost(0.0), [found] * len(equation.outvars)
     # A call: jit, remat, custom derivatives. Its arguments are the program's, one by one.
     fits = len(inputs) == len(inner[0].jaxpr.invars)
-    cost, outputs = _closed(inner[0], inputs if fits else [None] * len(inner[0].jaxpr.invars))
+    cost, outputs = _closed(
+        inner[0], inputs if fits else [None] * len(inner[0].jaxpr.invars), turns
+    )
     if name == "shard_map":  # written for one device's part
         mesh = equation.params["mesh"]
         cost = cost.times(
@@ -114,8 +117,10 @@ def _programs(parameters: dict[str, Any]) -> Iterator[jex.ClosedJaxpr]:
                 yield jex.ClosedJaxpr(item, ())
 
 
-def _closed(closed: jex.ClosedJaxpr, inputs: Sequence[Range]) -> tuple[Cost, list[Range]]:
-    return _walk(closed.jaxpr, [*map(_range_of, closed.consts), *inputs])
+def _closed(
+    closed: jex.ClosedJaxpr, inputs: Sequence[Range], turns: int
+) -> tuple[Cost, list[Range]]:
+    return _walk(closed.jaxpr, [*map(_range_of, closed.consts), *inputs], turns)
 
 
 def _shape(atom: Any) -> tuple[int, ...]:
@@ -146,7 +151,7 @@ def _convolution_flops(equation: jex.JaxprEqn) -> float:
 # --- loops and choices ----------------------------------------------------------------------------
 
 
-def _scan(equation: jex.JaxprEqn, inputs: list[Range]) -> Cost:
+def _scan(equation: jex.JaxprEqn, inputs: list[Range], turns: int) -> Cost:
     body = equation.params["jaxpr"].jaxpr
     sliced = _with_another_rank(equation.invars, body.invars)
     stacked = _with_another_rank(equation.outvars, body.outvars)
@@ -155,27 +160,28 @@ def _scan(equation: jex.JaxprEqn, inputs: list[Range]) -> Cost:
     carried = len(stacked) - sum(stacked)
     constants = len(sliced) - sum(sliced) - carried
     known = [*inputs[:constants], *[None] * carried, *inputs[constants + carried :]]
-    return _closed(equation.params["jaxpr"], known)[0].times(equation.params["length"])
+    return _closed(equation.params["jaxpr"], known, turns)[0].times(equation.params["length"])
 
 
 def _with_another_rank(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
     return [len(_shape(a)) != len(_shape(b)) for a, b in zip(outside, inside, strict=True)]
 
 
-def _while(equation: jex.JaxprEqn, inputs: list[Range]) -> Cost:
+def _while(equation: jex.JaxprEqn, inputs: list[Range], turns: int) -> Cost:
     parameters = equation.params
     first, second = parameters["cond_nconsts"], parameters["body_nconsts"]
     carry = inputs[first + second :]
-    turns = _turns(parameters, inputs[:first], carry)
+    bound = _turns(parameters, inputs[:first], carry)
     known = [*inputs[first : first + second], *[None] * len(carry)]
-    body, _ = _closed(parameters["body_jaxpr"], known)
-    condition, _ = _closed(parameters["cond_jaxpr"], [*inputs[:first], *[None] * len(carry)])
-    cost = (body + condition).times(1 if turns is None else turns)
-    return cost._replace(open_loops=(turns, *cost.open_loops))
+    body, _ = _closed(parameters["body_jaxpr"], known, turns)
+    known = [*inputs[:first], *[None] * len(carry)]
+    condition, _ = _closed(parameters["cond_jaxpr"], known, turns)
+    cost = (body + condition).times(turns if bound is None else bound)
+    return cost._replace(open_loops=(bound, *cost.open_loops))
 
 
-def _cond(equation: jex.JaxprEqn, inputs: list[Range]) -> Cost:
-    branches = [_closed(branch, inputs[1:])[0] for branch in equation.params["branches"]]
+def _cond(equation: jex.JaxprEqn, inputs: list[Range], turns: int) -> Cost:
+    branches = [_closed(branch, inputs[1:], turns)[0] for branch in equation.params["branches"]]
     return max(branches, key=lambda cost: cost.flops)
 
 

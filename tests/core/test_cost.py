@@ -108,7 +108,9 @@ def test_a_loop_that_may_end_early_counts_all_of_its_turns():
         return jax.lax.while_loop(running, body, (0, x))[1]
 
     assert cost.count(lambda x: run(x, 9), SQUARE) == cost.Cost(5 * 2 * 4**3, (5,))
-    assert cost.count(run, SQUARE, array(dtype=jnp.int32)) == cost.Cost(2 * 4**3, (None,))
+    unknown = SQUARE, array(dtype=jnp.int32)
+    assert cost.count(run, *unknown) == cost.Cost(2 * 4**3, (None,))
+    assert cost.count(run, *unknown, turns=6) == cost.Cost(6 * 2 * 4**3, (None,))
 
 
 def test_a_count_that_is_chosen_or_in_an_outer_loop():

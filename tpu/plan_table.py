@@ -1,0 +1,6 @@
+"""tpu/PLANS.md, generated from the plans in tpu/plans/*.json."""
+
+
+def build() -> str:
+    """Writes it."""
+    raise NotImplementedError
