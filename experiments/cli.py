@@ -4,7 +4,8 @@
 
 A preset is a function that returns the experiment's config, a frozen dataclass whose fields are the
 flags. Exit codes: 0 the run finished, 2 the user can mend it (one line says how), 3 a number was
-not finite, 42 stopped by a signal and ready to be resumed, 130 interrupted, 1 a bug.
+not finite, 42 stopped by a signal and ready to be resumed, 130 interrupted, 134 another process of
+the run was lost, 1 a bug.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from typing import Annotated, Any, NoReturn
 
 import jax
 import tyro
+from etils import epath
 
+from jaxalign.core import distributed, places
 from jaxalign.core.checkpoint import cache_directory
 from jaxalign.core.loop import Preempted
 from jaxalign.core.metrics import disk_full, environment, plain, write_json
@@ -41,7 +44,8 @@ class Run:
     """What the command line asks for.
 
     seeds: the seeds to run, the config's own first.
-    workdir: of this run; with several seeds the directory that holds one for each.
+    workdir: of this run, a local folder once it runs; with several seeds the directory that holds
+        one for each.
     command: the command line itself, without --resume.
     """
 
@@ -75,20 +79,25 @@ def parse(name: str, presets: Presets, default: str, argv: Sequence[str] | None 
         _help(name, presets, preset, options, start)
     chosen = _choose(flags, options, start)
     seed = getattr(chosen.config, "seed", 0)
+    usual = Path("runs") / f"{name}-{preset}-{seed}"
     if chosen.seeds < 1:
         raise UserError(f"--seeds {chosen.seeds}: must be at least 1")
     return Run(
         name=name,
         preset=preset,
         config=chosen.config,
-        workdir=chosen.workdir or Path("runs") / f"{name}-{preset}-{seed}",
+        workdir=_path(chosen.workdir) if chosen.workdir else usual,
         resume=chosen.resume,
         seeds=list(range(seed, seed + chosen.seeds)),
         command=_command(name, [word for word in argv if word != "--resume"]),
     )
 
 
-_RUN_FLAGS = {"--workdir": Path | None, "--resume": bool, "--seeds": int}
+def _path(text: str) -> Path:
+    return epath.Path(text)  # ty: ignore[invalid-explicit-return] (it is one; of a bucket it keeps //)
+
+
+_RUN_FLAGS = {"--workdir": str | None, "--resume": bool, "--seeds": int}
 
 
 class _Flag(typing.NamedTuple):
@@ -119,7 +128,10 @@ def _options_class(config: Any) -> Any:
             ("config", Annotated[config, tyro.conf.arg(name="")]),
             (
                 "workdir",
-                _described(Path | None, "where all is written (runs/NAME-PRESET-SEED)"),
+                _described(
+                    str | None,
+                    "where all is written (runs/NAME-PRESET-SEED); may be gs://BUCKET/RUN",
+                ),
                 None,
             ),
             ("resume", _described(bool, "go on with the run in the workdir", pair=False), False),
@@ -332,11 +344,27 @@ def main(
 ) -> None:
     """Parses the command line and calls `run`; ends the process unless that went well."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    with exit_codes(_command(name, [*(word for word in argv if word != "--resume"), "--resume"])):
+    resume = _command(name, [*(word for word in argv if word != "--resume"), "--resume"])
+    with distributed.left_together(), exit_codes(resume):
         asked = parse(name, presets, default, argv)
         use_all_cores()
         keep_compiled_programs()
-        run(asked)
+        distributed.start()
+        with _quiet_unless_main():
+            run(dataclasses.replace(asked, workdir=places.open_folder(asked.workdir)))
+
+
+@contextlib.contextmanager
+def _quiet_unless_main() -> Generator[None, None, None]:
+    """Processes but the first print nothing; at the end its files are put in their place."""
+    with contextlib.ExitStack() as stack:
+        if not distributed.is_main():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        try:
+            yield
+        finally:
+            places.keep()
 
 
 def use_all_cores() -> None:
@@ -372,6 +400,11 @@ def exit_codes(resume: str = "") -> Generator[None, None, None]:
         _exit(PREEMPTED, f"stopped at step {error.step}{how}" if error.saved else str(error))
     except KeyboardInterrupt:
         _exit(INTERRUPTED, "interrupted")
+    except jax.errors.JaxRuntimeError as error:
+        if not distributed.is_lost(error):
+            raise
+        how = f"; resume with: {resume}" if resume else ""
+        _exit(distributed.LOST, f"another process of the run was lost{how}")
     except OSError as error:
         if not disk_full(error):
             raise

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, metra, report, seed_axis, skill_worlds, skills
+from jaxalign.core import distributed, places
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.checkpoint import Checkpoints
@@ -169,7 +170,7 @@ def find_skills(directory: Path, config: Experiment) -> tuple[skills.Experiment,
             f"{config.control} needs those of {wanted!r}; give another run or task"
         )
     for arm in config.arms:
-        if arm != RANDOM and not (folders[0] / arm / "ckpt").is_dir():
+        if arm != RANDOM and not places.shared(folders[0] / arm / "ckpt").is_dir():
             raise UserError(f"arms: {directory} has no checkpoint of {arm!r}; leave it out")
     return experiment, {each["seed"]: folder for each, folder in zip(configs, folders, strict=True)}
 
@@ -338,7 +339,7 @@ def make_evaluation(
 
     compiled = jax.jit(jax.vmap(evaluate, in_axes=(axes(high), seed_axis.OF, None, 0)))
     keys = jax.vmap(lambda seed: jax.random.key(10_000 + seed))(np.asarray(seeds))
-    keys = jax.device_put(keys, meshes.replicated(lab.mesh))
+    keys = distributed.put(keys, meshes.replicated(lab.mesh))
     return lambda state: compiled(state, low.state, lab.world, keys)
 
 
@@ -362,7 +363,7 @@ def train_arm(
     low = low._replace(state=seed_axis.spread(low.state, len(seeds), lab.mesh)[0])
     state = start_state(high, low.own, lab.task, seeds)
     state, _ = seed_axis.spread(state, len(seeds), lab.mesh)
-    key = jax.device_put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
+    key = distributed.put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
     evaluation = make_evaluation(high, low, lab, config, seeds)
     rows = high.own.episodes * lab.task.choices * lab.task.hold
 
@@ -399,7 +400,7 @@ def run_arms(
     experiment, folders = find_skills(given, config)
     environment = skill_worlds.make(experiment.environment, experiment.physics)
     mesh = seed_axis.make_mesh(config.mesh, len(directories))
-    world = jax.device_put(environment.world, meshes.replicated(mesh))
+    world = distributed.put(environment.world, meshes.replicated(mesh))
     lab = Lab(skill_tasks.make(config.control, environment), world, mesh)
     for arm in config.arms:
         source = config.arms[0] if arm == RANDOM else arm

@@ -22,6 +22,7 @@ import numpy as np
 
 from experiments import problems
 from experiments.problems import Problem, Source
+from jaxalign.core import distributed
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.checkpoint import Checkpoints, cached
@@ -179,7 +180,7 @@ def train(
 ) -> Params:
     """The parameters after `updates` steps on data that lies on the devices."""
     key = jax.random.key(0)
-    data, state, key = jax.device_put((data, state, key), meshes.replicated(mesh))
+    data, state, key = distributed.put((data, state, key), meshes.replicated(mesh))
     shown = ("loss", "accuracy")
     state = fit(
         state, step, lambda i: data, key, steps=updates, title=title, shown=shown, put=_as_is
@@ -304,7 +305,7 @@ def make_evaluation(
     problem = lab.problem
     heldout = Prompts(*(jnp.asarray(a)[: config.evaluated] for a in problem.heldout))
     given = (heldout, lab.reward, problem.gold_params, jax.random.key(10_000 + config.seed))
-    given = jax.device_put(given, meshes.replicated(lab.mesh))
+    given = distributed.put(given, meshes.replicated(lab.mesh))
     score = problems.combine(problem, lab.judge.scores)
 
     @jax.jit
@@ -405,9 +406,9 @@ def train_arm(
     reward = lab.calibrated if ARMS[arm].calibrated and lab.calibrated else lab.reward
     task = r3hf.Task(jax.tree.map(jnp.asarray, problem.prompts), reward, problem.gold_params)
     state = r3hf.set_rates(start_state(lab, config, arm), r3.policy_rate, r3.critic_rate)
-    state = jax.device_put(state, meshes.shardings(state, lab.mesh, problem.rules))
+    state = distributed.put(state, meshes.shardings(state, lab.mesh, problem.rules))
     given = (task, jax.random.key(config.seed))
-    task, key = jax.device_put(given, meshes.replicated(lab.mesh))
+    task, key = distributed.put(given, meshes.replicated(lab.mesh))
     # The rates live in the optimizer's state: one compiled iteration serves all of a sweep.
     any_rate = dataclasses.replace(r3, policy_rate=1.0, critic_rate=1.0, iterations=1)
     rows = meshes.batch_sharding(lab.mesh)
@@ -450,9 +451,11 @@ def train_arm(
 
 def save_policy(lab: Lab, config: Experiment, state: TrainState, path: Path) -> None:
     """The policy as a Hugging Face folder, with the tokenizer of the model that it came from."""
-    if not path.exists():  # a finished arm that is resumed has it
-        source = config.source.model or None
-        folders.save(path, lab.problem.config, r3hf.policy_of(state.params), source=source)
+    if distributed.all_agree(path.exists() or not distributed.is_main()):
+        return  # a finished arm that is resumed has it
+    policy = distributed.fetch(r3hf.policy_of(state.params))
+    if distributed.is_main():
+        folders.save(path, lab.problem.config, policy, source=config.source.model or None)
 
 
 def save_samples(lab: Lab, shown: Shown, directory: Path, when: str, count: int = 12) -> None:
@@ -460,7 +463,7 @@ def save_samples(lab: Lab, shown: Shown, directory: Path, when: str, count: int 
     decoded, length = shown.decoded, lab.problem.decoding.length
     response = decoded.response
     token = rd.redistributed(shown.scores, response)
-    seen = jax.device_get((decoded.ids, decoded.mask, response, token, shown.gold, shown.scores))
+    seen = distributed.fetch((decoded.ids, decoded.mask, response, token, shown.gold, shown.scores))
     samples = []
     for ids, mask, real, reward, gold, scores in zip(*(a[:count] for a in seen), strict=True):
         prompt = ids[:-length][mask[:-length]]

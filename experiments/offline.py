@@ -25,6 +25,7 @@ from experiments import offline_data, ogbench_settings, seed_axis
 from experiments.offline_report import last_evaluations
 from experiments.ogbench_settings import METHODS, TASKS
 from experiments.real_envs import RealEnvironments as Real
+from jaxalign.core import distributed
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.loop import Hook
@@ -126,7 +127,7 @@ def make_lab(config: Experiment, seeds: int) -> Lab:
         else None
     )
     data = trajectories.index(arrays)
-    data, maze = jax.device_put((data, maze), meshes.replicated(mesh))
+    data, maze = distributed.put((data, maze), meshes.replicated(mesh))
     return Lab(data, provenance, maze, mesh)
 
 
@@ -213,7 +214,7 @@ def make_evaluation(
         jax.vmap(functools.partial(attempt, method, own, config.attempts), in_axes=(0, None, 0))
     )
     keys = jax.vmap(lambda seed: jax.random.key(10_000 + seed))(np.asarray(seeds))
-    given = jax.device_put((lab.maze, keys), meshes.replicated(lab.mesh))
+    given = distributed.put((lab.maze, keys), meshes.replicated(lab.mesh))
     return lambda params: compiled(params, *given)
 
 
@@ -280,7 +281,7 @@ def train_arm(
     method, own, seeds = METHODS[arm], getattr(config, arm), list(directories)
     state = start_state(method, own, lab.data, seeds)
     state, rows = seed_axis.spread(state, len(seeds), lab.mesh)
-    key = jax.device_put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
+    key = distributed.put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
     step = make_training(method, own, seeds, config.at_once, rows)
     evaluation = make_evaluation(lab, config, arm, seeds, real)
 
@@ -367,7 +368,7 @@ def save_walks(lab: Lab, config: Experiment, arm: str, params: Params, directory
         return found
 
     found = walk(params, maze, jnp.asarray(place), jax.random.key(20_000 + config.seed))
-    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in found.items()}
+    arrays: dict[str, Any] = distributed.fetch(found)
     arrays |= {"place": place, "walls": np.asarray(maze.walls)}
     with sinks.replacing(directory / "walks.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)

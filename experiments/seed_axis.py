@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from jaxalign.core import distributed
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.checkpoint import Checkpoints
@@ -30,11 +31,12 @@ def make_mesh(spec: str, seeds: int) -> jax.sharding.Mesh:
     """The mesh `spec` of a run of so many seeds; on a CPU over as many devices as divide them.
 
     A CPU's devices are threads. Batches of small networks are sooner done whole than shared among
-    them, and where all cores are busy, sums over devices may wait for each other for ever.
+    them, and where all cores are busy, sums over devices may wait for each other for ever. With
+    several processes, the rehearsal of a pod, the mesh has all devices as a pod's has.
     Raises: UserError when the mesh does not fit the devices.
     """
     devices = jax.devices()
-    if devices[0].platform == "cpu":
+    if devices[0].platform == "cpu" and distributed.count() == 1:
         devices = devices[: math.gcd(seeds, len(devices))]
     return meshes.make_mesh(meshes.parse_mesh(spec), devices)
 
@@ -51,7 +53,7 @@ def spread(
     everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
     dealt = seeds % math.prod(mesh.shape[axis] for axis in meshes.data_axes(mesh)) == 0
     state = jax.tree.map(
-        lambda leaf: jax.device_put(leaf, rows if dealt and leaf.ndim else everywhere), state
+        lambda leaf: distributed.put(leaf, rows if dealt and leaf.ndim else everywhere), state
     )
     return state, None if dealt else rows
 

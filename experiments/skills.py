@@ -25,6 +25,7 @@ import numpy as np
 
 from experiments import seed_axis, skill_worlds
 from experiments.skill_evaluation import Shown, film, numbers, show, walk
+from jaxalign.core import distributed
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.loop import Hook
@@ -149,7 +150,7 @@ def make_lab(config: Experiment, seeds: int) -> Lab:
     """The lab of a run of so many seeds."""
     mesh = seed_axis.make_mesh(config.mesh, seeds)
     environment = skill_worlds.make(config.environment, config.physics)
-    world = jax.device_put(environment.world, meshes.replicated(mesh))
+    world = distributed.put(environment.world, meshes.replicated(mesh))
     return Lab(environment, world, mesh)
 
 
@@ -301,7 +302,7 @@ def make_evaluation(
 
     compiled = jax.jit(jax.vmap(evaluate, in_axes=(seed_axis.OF, 0, None, 0)))
     keys = jax.vmap(lambda seed: jax.random.key(10_000 + seed))(np.asarray(seeds))
-    keys = jax.device_put(keys, meshes.replicated(lab.mesh))
+    keys = distributed.put(keys, meshes.replicated(lab.mesh))
     return lambda state: compiled(learner(state), state.extra.visited, lab.world, keys)
 
 
@@ -319,7 +320,7 @@ def train_arm(
     step, evaluation = make_step(method, own, lab, config, seeds)
     state = start_state(method, own, lab.environment, config.buffer, seeds)
     state, _ = seed_axis.spread(state, len(seeds), lab.mesh)
-    key = jax.device_put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
+    key = distributed.put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
     rows = config.environments * lab.environment.steps
 
     def measure(state: TrainState, step: int) -> dict[str, Any]:
@@ -372,11 +373,11 @@ def finish_arm(config: Experiment, arm: str, directories: Mapping[int, Path], sh
         arrays = {"skill": shown.skills[i], "place": shown.places[i]}
         if shown.latents is not None:
             arrays["latent"] = shown.latents[i]
-        stored: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+        stored: dict[str, Any] = distributed.fetch(arrays)
         with sinks.replacing(directory / "skills.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, **stored)
         if i == 0 and skill_worlds.is_mujoco(config.environment):
-            film(config.environment, np.asarray(shown.seen[i]), directory / "skills.gif")
+            film(config.environment, distributed.fetch(shown.seen[i]), directory / "skills.gif")
 
 
 def run_arms(

@@ -25,8 +25,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from experiments import starc_worlds
+from jaxalign.core import distributed, metrics
 from jaxalign.core import mesh as meshes
-from jaxalign.core import metrics
+from jaxalign.core.loop import Preempted
 from jaxalign.core.types import Array
 from jaxalign.ops import starc, tabular
 from jaxalign.ops.starc import CANONICALISATIONS, NORMS
@@ -268,7 +269,7 @@ def compiled(
 
 
 def run(config: Sizes, folder: Path) -> Points:
-    """All pairs, in batches that are kept in `folder/ckpt`, so that a run goes on where it was.
+    """All pairs, in batches that are kept in `folder/batches`, so that a run goes on where it was.
 
     In float64: of the generator's sparse rewards some are met with probability 1e-9 only, and
     behind shaping float32 has no digits left for those.
@@ -282,7 +283,7 @@ def _run(config: Sizes, folder: Path) -> Points:
     mesh = meshes.make_mesh()
     shape = (config.states, config.actions, config.discount, config.pairs, config.steps)
     evaluate = compiled(mesh, *shape)
-    (folder / "ckpt").mkdir(parents=True, exist_ok=True)
+    (folder / "batches").mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").unlink(missing_ok=True)  # written anew, in a moment
     sink = metrics.JsonLines(folder / "metrics.jsonl")
     key, parts = jax.random.key(config.seed), []
@@ -290,12 +291,12 @@ def _run(config: Sizes, folder: Path) -> Points:
     speed = (config.at_once * config.pairs * config.steps, "pairs")
     with metrics.Progress(count, "figure 1", speed=speed) as bar:
         for index in range(count):
-            path = folder / "ckpt" / f"batch-{index:04}.npz"
+            path = folder / "batches" / f"{index:04}.npz"
             if not path.exists():
                 numbers = range(index * config.at_once, (index + 1) * config.at_once)
                 keys = jnp.stack([jax.random.fold_in(key, number) for number in numbers])
-                keys = jax.device_put(keys, meshes.batch_sharding(mesh))
-                save(path, jax.device_get(evaluate(keys)))
+                keys = distributed.put(keys, meshes.batch_sharding(mesh))
+                save(path, distributed.fetch(evaluate(keys)))
             parts.append(load(path))
             known = joined(parts)
             shown = {
@@ -304,6 +305,8 @@ def _run(config: Sizes, folder: Path) -> Points:
             }
             sink.write(index, {"pairs": known.regret.size, **shown})
             bar.update(index + 1, val=shown["val"], epic=shown["epic"])
+            if distributed.stop_is_due():
+                raise Preempted(index + 1, saved=True)
     sink.close()
     return joined(parts)
 

@@ -51,7 +51,7 @@ def figures(run: Comparison) -> Iterator[tuple[str, Figure]]:
     done = {part for part in run.config["parts"] if (folder / part / "tables.json").exists()}
     with plots.styled():
         if "figure1" in done:
-            parts = sorted((folder / "figure1" / "ckpt").glob("*.npz"))
+            parts = sorted((folder / "figure1" / "batches").glob("*.npz"))
             points = starc_figure1.joined([starc_figure1.load(path) for path in parts])
             yield "bars", bars_figure(points)
             yield "regret", regret_figure(points)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -23,8 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from jaxalign.core.metrics import replacing, write_json, writing
+from jaxalign.core import distributed, places
+from jaxalign.core.metrics import replacing, writing
 from jaxalign.core.types import Array, PyTree, UserError
 
 # Orbax tells of every save and restore, and prints the traceback of what it then raises as well.
@@ -36,12 +37,14 @@ SIZES = "sizes.json"  # beside the files of a checkpoint: the length of each
 class Checkpoints:
     """The newest `keep` checkpoints of a run, in one directory.
 
+    directory: local, or in a bucket (`gs://...`). With several processes each writes what lies on
+        its devices, so the directory must be the same one for all.
     Raises (in `save`, `wait` and `close`): UserError on a full disk; what else went wrong in the
     background comes out there too.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 2) -> None:
-        self.directory = Path(directory).resolve()  # Orbax fails on others, unseen by the caller
+        self.directory = places.shared(directory)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
@@ -50,11 +53,17 @@ class Checkpoints:
         )
         with writing(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+        if not distributed.all_agree(self.directory.is_dir()):
+            raise UserError(
+                f"{self.directory} is not the same directory for all processes of the run; choose "
+                "a --workdir on a file system that they share, or gs://BUCKET/RUN"
+            )
         self._unsealed: set[int] = set()
 
     def save(self, step: int, state: PyTree, key: Array) -> None:
         """Stores state and key as checkpoint `step`; returns once they may be donated."""
         self.wait()
+        places.keep()  # so that a bucket has the numbers up to every checkpoint
         if step in self.steps():
             self._manager.delete(step)
         leaves = _flatten({"state": state, "key": key})
@@ -81,7 +90,7 @@ class Checkpoints:
         leaves = _flatten(wanted)
         for step in reversed(self.steps()):
             try:
-                arrays = self._read(step, leaves)
+                arrays = self._read_together(step, leaves)
             except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # the fault of the caller or of the machine, not of the checkpoint
             except Exception as error:
@@ -109,10 +118,24 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def _seal(self, checkpoint: Path) -> None:
+    def _seal(self, checkpoint: epath.Path) -> None:
         """Notes the length of each file, by which one cut short later is known."""
-        if jax.process_index() == 0:
-            write_json(checkpoint / SIZES, _sizes(checkpoint))
+        if distributed.is_main():
+            places.write_text(checkpoint / SIZES, json.dumps(_sizes(checkpoint), indent=2))
+
+    def _read_together(self, step: int, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """As `_read`; what one process cannot read is broken for all, that they stay in step."""
+        error, arrays = None, {}
+        try:
+            arrays = self._read(step, leaves)
+        except Exception as found:
+            error = found
+        everywhere = distributed.all_agree(error is None)
+        if error is not None:
+            raise error
+        if not everywhere:
+            raise ValueError("another process cannot read it")
+        return arrays
 
     def _read(self, step: int, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """The stored arrays by name. Raises whatever Orbax finds wrong with them."""
@@ -128,7 +151,9 @@ class Checkpoints:
 
     def _discard(self, step: int, error: Exception) -> None:
         broken = self.directory / str(step)
-        shutil.rmtree(broken)
+        if distributed.is_main():
+            broken.rmtree()
+        distributed.barrier(f"the deletion of {broken}")
         self._manager.reload()
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         warnings.warn(
@@ -188,23 +213,28 @@ def _like(stored: Any, leaf: Any) -> Any:
     if _is_key(leaf):
         stored = jax.random.wrap_key_data(jnp.array(stored), impl=_key_impl(leaf))
     if _is_placed(leaf):
-        return jax.device_put(stored, leaf.sharding)
+        return distributed.put(stored, leaf.sharding)
     return stored if _is_key(leaf) else jnp.array(stored)
 
 
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != SIZES)
-    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(files)}
+def _sizes(checkpoint: epath.Path) -> dict[str, int]:
+    found = {}
+    for folder, _, names in checkpoint.walk():
+        for name in names:
+            found[str((folder / name).relative_to(checkpoint))] = (folder / name).stat().length
+    return {name: size for name, size in sorted(found.items()) if name != SIZES}
 
 
-def _check_whole(checkpoint: Path, expected: Mapping[str, int]) -> None:
+def _check_whole(checkpoint: epath.Path, expected: Mapping[str, int]) -> None:
     found = _sizes(checkpoint)
     for name, size in expected.items():
         if found.get(name) != size:
             raise ValueError(f"{name} has {found.get(name, 'no')} of {size} bytes")
 
 
-def _check_same(checkpoint: Path, stored: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+def _check_same(
+    checkpoint: epath.Path, stored: Mapping[str, Any], target: Mapping[str, Any]
+) -> None:
     wanted = {name: _describe(leaf) for name, leaf in target.items()}
     for name in dict.fromkeys([*wanted, *stored]):
         if stored.get(name) != wanted.get(name):
@@ -237,6 +267,9 @@ def cached(
 ) -> PyTree:
     """`make()`, or what it returned when it was last called for this kind and config.
 
+    With several processes, which may have caches of their own, either all read or all make: `make`
+    may compute on all devices.
+
     kind: a word for the file name, for example "base-digits".
     config: all that the result depends on, as JSON can hold it: the file is named by its hash.
     make: returns nested dicts of arrays (or any tree, when `like` gives its structure).
@@ -246,11 +279,14 @@ def cached(
     text = json.dumps(config, sort_keys=True)
     name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
     path = cache_directory() / name
+    found = None
     if path.exists():
         try:
-            return _load(path, like)
+            found = _load(path, like)
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             warnings.warn(f"{path} is broken, and made again ({error})", stacklevel=2)
+    if distributed.all_agree(found is not None):
+        return found
     tree = jax.tree.map(jnp.asarray, make())
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -259,7 +295,7 @@ def cached(
 
 
 def _store(path: Path, tree: PyTree) -> None:
-    arrays = {name: np.asarray(leaf) for name, leaf in _flatten(tree).items()}
+    arrays = {name: np.asarray(leaf) for name, leaf in distributed.fetch(_flatten(tree)).items()}
     dtypes = {name: str(array.dtype) for name, array in arrays.items()}
     # The format knows numpy's own types only, so everything is stored as bytes beside its type.
     stored = {

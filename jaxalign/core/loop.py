@@ -8,6 +8,7 @@ only where a checkpoint is due, or a hook, the loop catches up first. What the o
   So a run killed at any moment goes on from its newest checkpoint, drops the rows after it, and
   ends with the same state and the same rows as a run that was never killed.
 * `batches` and keys are functions of the step's index, so there is no iterator to restore.
+* Processes of a run do all this in step: a signal to any of them stops all after the same step.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.core import distributed
 from jaxalign.core.checkpoint import Checkpoints
 from jaxalign.core.metrics import Progress, Sink
 from jaxalign.core.types import Array, NonFinite, PyTree, UserError
@@ -121,15 +123,16 @@ def fit(
 
             due = [hook for hook in hooks if _is_due(hook.every, n, steps)]
             save = checkpoints is not None and _is_due(save_every, n, steps)
-            if not (due or save or signals.stop or n == steps):
+            stop = signals.stop_is_due()
+            if not (due or save or stop or n == steps):
                 continue
             # Do not change this order: read and check, hooks, row, checkpoint.
             row, pending = record.read(n, metrics), None
             record.write(n, {**row, **_run(due, state, n)})
-            if checkpoints is not None and (save or signals.stop):
+            if checkpoints is not None and (save or stop):
                 record.check_parameters(n, state)
                 checkpoints.save(n, state, key)
-            if signals.stop:
+            if stop:
                 _wait(checkpoints)
                 raise Preempted(n, saved=checkpoints is not None)
             record.start_clock()
@@ -149,7 +152,7 @@ def _begin(
             f"{checkpoints.directory} holds checkpoints up to step {checkpoints.steps()[-1]}: "
             "go on from them with --resume, or choose another --workdir"
         )
-    return state, jax.device_put(key, state.step.sharding) if state.step.committed else key
+    return state, distributed.put(key, state.step.sharding) if state.step.committed else key
 
 
 def _rewind(sinks: Sequence[Sink], step: int) -> float:
@@ -171,7 +174,7 @@ def _run(hooks: Sequence[Hook], state: Any, n: int = 0) -> dict[str, Any]:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers of any make as Python's, or lists of them; waits for the device."""
-    found = jax.device_get(dict(metrics))
+    found = distributed.fetch(dict(metrics))
     return {name: np.asarray(value).tolist() for name, value in found.items()}
 
 
@@ -243,7 +246,10 @@ class _Record:
 
 
 class _Signals:
-    """While open, SIGTERM and SIGINT only set `stop`; a second SIGINT interrupts at once."""
+    """While open, SIGTERM and SIGINT only ask to stop; a second SIGINT interrupts at once.
+
+    With several processes SIGTERM is JAX's, which tells all of them, and SIGINT becomes one.
+    """
 
     def __init__(self) -> None:
         self.stop = False
@@ -252,7 +258,8 @@ class _Signals:
     def __enter__(self) -> _Signals:
         if threading.current_thread() is not threading.main_thread():
             return self  # Python lets nobody else set handlers
-        for number in (signal.SIGTERM, signal.SIGINT):
+        several = distributed.count() > 1
+        for number in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._seen)
         return self
@@ -261,9 +268,15 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def stop_is_due(self) -> bool:
+        """Whether to stop after this step; asked once a step."""
+        return distributed.stop_is_due() if distributed.count() > 1 else self.stop
+
     def _seen(self, number: int, frame: FrameType | None) -> None:
         if self.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop = True
+        if distributed.count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nstopping after this step (ctrl-c again: at once)\n")

@@ -27,6 +27,7 @@ import rich.console
 import rich.progress
 import rich.text
 
+from jaxalign.core import distributed
 from jaxalign.core.types import UserError
 
 Numbers = Mapping[str, float]
@@ -79,8 +80,9 @@ def replacing(path: Path) -> Generator[Path, None, None]:
 
     A reader, or a run killed at any moment, sees the old file or the new one, never half of one.
     """
-    # Named by process, so that two that write the same file do not write into each other's.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Named by process, so that two that write the same file do not write into each other's: on
+    # machines of the same run numbers are often the same.
+    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
     with writing(path):
         try:
             yield temporary
@@ -259,9 +261,12 @@ class WandB:
 def open_sinks(config: Any, directory: Path, name: str) -> list[Sink]:
     """`metrics.jsonl` in a run's folder, and the sinks that its config asks for; to be closed.
 
-    config: a dataclass with the switches `tensorboard` and `wandb`. name: of the run.
+    config: a dataclass with the switches `tensorboard` and `wandb`, which are process 0's alone.
+    name: of the run.
     """
     opened: list[Sink] = [JsonLines(directory / "metrics.jsonl")]
+    if not distributed.is_main():
+        return opened
     if config.tensorboard:
         opened.append(TensorBoard(directory / "tensorboard"))
     if config.wandb:
@@ -298,7 +303,7 @@ class Progress:
     ) -> None:
         self.total, self.title, self.start, self.step = total, title, start, start
         self.speed = speed
-        self.off = os.environ.get("JAXALIGN_PROGRESS") == "off"
+        self.off = os.environ.get("JAXALIGN_PROGRESS") == "off" or not distributed.is_main()
         self._bar: Any = None
         self._shown: dict[str, float] = {}
         self._begin = self._printed = time.monotonic()

@@ -196,11 +196,11 @@ def test_figure_1_goes_on_where_it_was(tmp_path):
     whole = starc_figure1.run(TINY, tmp_path / "whole")
     half = dataclasses.replace(TINY, worlds=8)
     starc_figure1.run(half, tmp_path / "cut")
-    kept = (tmp_path / "cut" / "ckpt" / "batch-0000.npz").stat().st_mtime_ns
+    kept = (tmp_path / "cut" / "batches" / "0000.npz").stat().st_mtime_ns
     resumed = starc_figure1.run(TINY, tmp_path / "cut")
     for a, b in zip(whole, resumed, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert (tmp_path / "cut" / "ckpt" / "batch-0000.npz").stat().st_mtime_ns == kept
+    assert (tmp_path / "cut" / "batches" / "0000.npz").stat().st_mtime_ns == kept
     assert whole.distance.shape == (16, len(CANONICALISATIONS), 7, 6, 2)
     assert (whole.regret <= whole.worst + 1e-4).all()
     assert (whole.worst <= whole.bound + 1e-4).all()
