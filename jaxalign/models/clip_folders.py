@@ -196,7 +196,12 @@ def _normalisation(values: Mapping[str, Any], side: int) -> clip.Normalisation:
 
 def _statistics(mean: Any, std: Any) -> clip.Normalisation:
     default = clip.Normalisation()
-    return clip.Normalisation(tuple(mean or default.mean), tuple(std or default.std))
+    found = [tuple(mean or default.mean), tuple(std or default.std)]
+    if any(len(numbers) != 3 for numbers in found) or min(found[1]) <= 0:
+        raise UserError(
+            f"mean {mean!r}, std {std!r}: must be three numbers each, std positive; mend them"
+        )
+    return clip.Normalisation(*found)
 
 
 OPEN_CLIP_MODEL = {"custom_text": (False,)}
@@ -334,19 +339,19 @@ def _read(
     folder = resolve(path)
     abstract: PyTree = jax.eval_shape(init, jax.random.key(0))
     place = weights.places(abstract, rules, dtype, shardings)
-    table = [_named(tensor, tensors) for tensor in hub.mirrored(abstract)]
+    stored = table(abstract, tensors)
     if tensors.names is not None:
         place |= {_fused(name): _wide(leaf) for name, leaf in place.items() if "/q_proj/" in name}
-        table = [
+        stored = [
             tensor._replace(path=_fused(tensor.path))
-            for tensor in table
+            for tensor in stored
             if not re.search("/[kv]_proj/", tensor.path)
         ]
     others = re.compile(CONSTANTS + tensors.others)
     params = weights.read(
         folder,
         _sources(folder, tensors),
-        lambda _: table,
+        lambda _: stored,
         place,
         lambda name: others.match(name) is not None,
     )
@@ -364,6 +369,11 @@ def _sources(folder: Path, tensors: Tensors) -> dict[str, Path]:
             "open_clip's save_for_hf(..., safe_serialization=True)"
         )
     return weights.find(folder, [OPEN_CLIP_STEM], "open_clip")
+
+
+def table(abstract: PyTree, tensors: Tensors) -> list[Tensor]:
+    """Where a tower's parameters lie in a file; open_clip's has some of them side by side."""
+    return [_named(tensor, tensors) for tensor in hub.mirrored(abstract)]
 
 
 def _named(tensor: Tensor, tensors: Tensors) -> Tensor:

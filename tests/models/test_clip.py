@@ -155,8 +155,15 @@ def test_the_middle_is_normalised():
     found = clip.preprocess(given, 24, clip.Normalisation(mean, std))
     expected = (picture[:, 3:27] / 255 - mean) / std
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
-    beyond = clip.preprocess(2 * given, 24, clip.Normalisation(mean, std))
-    assert np.asarray(beyond).max() <= np.max((1 - np.array(mean)) / std) + 1e-5, "not clipped"
+
+
+def test_what_lies_beyond_white_and_black_is_cut_before_resizing():
+    given = 2 * (jnp.asarray(wavy(40, 30), jnp.float32)[None] / 127.5 - 1)
+    found, expected = (
+        clip.preprocess(pictures, 24, clip.Normalisation())
+        for pictures in (given, jnp.clip(given, -1, 1))
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_pixels_of_another_side_are_refused(folder):
@@ -238,6 +245,9 @@ def test_open_clip_has_the_same_parameters(folder, tmp_path):
     assert not ours.text.end  # pooled at the largest id
     assert ours.normalisation == clip.Normalisation((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
     assert described.normalisation == clip.Normalisation()
+    assert ours.vision.gelu and ours.text.gelu
+    quick = clip_folders.describe(write_open_clip(path, quick_gelu=True))
+    assert not quick.vision.gelu and not quick.text.gelu
 
 
 def test_open_clip_over_devices(tmp_path):
@@ -306,6 +316,8 @@ def test_pickle_files_are_refused(folder, tmp_path):
         ({"resample": 2}, {}, "resample = 2"),
         ({"crop_size": {"height": 20, "width": 20}}, {}, "image_size = 24"),
         ({"do_center_crop": False}, {}, "do_center_crop = False"),
+        ({"image_std": [0.5, 0.0, 0.5]}, {}, "std [0.5, 0.0, 0.5]"),
+        ({"image_mean": [0.5]}, {}, "must be three numbers"),
         ({}, {"model_type": "siglip"}, "model_type 'siglip'"),
         ({}, {"vision_config": {"hidden_act": "relu"}}, "hidden_act = 'relu'"),
         ({}, {"vision_config": {"patch_size": 9}}, "image_size 224"),

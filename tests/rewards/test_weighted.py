@@ -50,7 +50,8 @@ def test_the_sum_of_both_kinds_in_a_host_reward():
         return value
 
     scores = {"bright": on_bytes, "near": on_host(near, PARAMS["near"])}
-    with HostReward("sum", weighted_scores(scores, SCALES)) as reward:
+    first = {name: SCALES[name] for name in ("bright", "near")}
+    with HostReward("sum", weighted_scores(scores, first)) as reward:
         found = reward.result(
             reward.submit(to_uint8(jnp.asarray(PICTURES)), jax.tree.map(jnp.asarray, BATCH))
         )
