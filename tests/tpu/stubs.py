@@ -1,4 +1,4 @@
-"""Stand-ins for `gcloud`, `kubectl` and others: programs that answer by script and keep a record."""
+"""Stand-ins for `gcloud`, `kubectl` and others, which answer by script and keep a record."""
 
 from __future__ import annotations
 
