@@ -29,7 +29,8 @@ REWARD = "reward"  # a probability in both worlds; kB for the JPEG rewards
 class Samples(NamedTuple):
     """Pictures of one prompt list from one evaluation.
 
-    prompts: P captions. images: `[P, n, H, W, C] u8`, the first n of N. reward, success: `[P, N]`.
+    prompts: P captions. images: `[P, n, H, W, C] u8`, the first n of N. reward, success: `[P, N]`;
+    nothing succeeds where nobody can tell.
     """
 
     prompts: tuple[str, ...]
@@ -210,7 +211,7 @@ def _read_samples(folder: Path, when: str) -> dict[str, Samples]:
                 tuple(map(str, arrays[f"{name}/prompts"])),
                 arrays[f"{name}/images"],
                 arrays[f"{name}/reward"],
-                arrays[f"{name}/success"],
+                arrays.get(f"{name}/success", np.zeros_like(arrays[f"{name}/reward"])),
             )
             for name in LISTS
             if f"{name}/prompts" in arrays

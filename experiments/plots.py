@@ -402,11 +402,12 @@ def samples_figure(comparison: Comparison, prompts: str) -> Figure:
         draw_card(axes, rows, prompt, colours, named=index % wide == 0)
     for axes in figure.axes[len(shown) :]:
         axes.remove()
-    holds = Line2D(
-        [], [], ls="", marker="s", ms=9, mfc="none", mec=SUCCESS, mew=2.5,
-        label="the picture shows what its caption says",
-    )  # fmt: skip
-    figure.legend(handles=[holds], loc="outside upper center")
+    if "world" in comparison.config:  # which knows when a caption holds
+        holds = Line2D(
+            [], [], ls="", marker="s", ms=9, mfc="none", mec=SUCCESS, mew=2.5,
+            label="the picture shows what its caption says",
+        )  # fmt: skip
+        figure.legend(handles=[holds], loc="outside upper center")
     return figure
 
 

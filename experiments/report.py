@@ -31,6 +31,7 @@ from experiments import (
     offline_report,
     pages,
     skill_report,
+    stable_diffusion_report,
     starc_report,
 )
 from experiments.comparison import LISTS, REWARD, Comparison, Samples
@@ -166,6 +167,7 @@ def build(workdir: str | Path) -> Path:
         skill_report: skill_plots,
         starc_report: starc_plots,
         downstream_report: downstream_report,
+        stable_diffusion_report: stable_diffusion_report,
     }.get(other, plots)
     pictures = {}
     for name, figure in drawing.figures(run):
@@ -193,7 +195,8 @@ def _of_another_kind(run: Comparison) -> types.ModuleType | None:
 
     Runs of language say from which `source` their prompts come, those that reach goals their
     `task`, those that learn skills their `environment`, those that use them what they `control`,
-    those that compare rewards their `parts`; those of pictures which `world` is drawn.
+    those that compare rewards their `parts`, those on Stable Diffusion their `model`; those of
+    pictures which `world` is drawn.
     """
     kinds = {
         "source": language_report,
@@ -201,6 +204,7 @@ def _of_another_kind(run: Comparison) -> types.ModuleType | None:
         "environment": skill_report,
         "control": downstream_report,
         "parts": starc_report,
+        "model": stable_diffusion_report,
     }
     return next((module for field, module in kinds.items() if field in run.config), None)
 

@@ -35,9 +35,14 @@ ALLOWED = {
 # Outside packages that only some files may import.
 CONFINED = {
     "flax.linen": ["jaxalign/models/"],
-    "torch": ["experiments/bench"],
+    "torch": ["experiments/bench", "experiments/stable_diffusion_report.py"],
     "transformers": ["jaxalign/models/", "jaxalign/data/", "experiments/bench"],
-    "diffusers": ["jaxalign/models/", "jaxalign/data/"],
+    "diffusers": [
+        "jaxalign/models/",
+        "jaxalign/data/",
+        "experiments/bench",
+        "experiments/stable_diffusion_report.py",
+    ],
     "dm_control": ["jaxalign/envs/mujoco"],
     "gymnasium": [
         "jaxalign/data/ogbench_play.py",

@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 from jax.typing import DTypeLike
 
-from jaxalign.core.state import paths
 from jaxalign.core.types import Params, UserError
 from jaxalign.models import diffusers_folders, hub, unet, weights
 
@@ -84,7 +83,7 @@ def _fitting(source: Path, params: Params) -> dict[str, jax.Array]:
     """Path to array, of the shapes that the source's config.json gives."""
     config = diffusers_folders.read_unet_config(source)
     abstract = jax.eval_shape(unet.unet(config).init, jax.random.key(0))
-    wanted, leaves = _flat(abstract), _flat(params)
+    wanted, leaves = weights.flat(abstract), weights.flat(params)
     faults = [f"{p} {leaf.shape} is missing" for p, leaf in wanted.items() if p not in leaves]
     faults += [f"{p} {leaf.shape} is unknown" for p, leaf in leaves.items() if p not in wanted]
     faults += [
@@ -98,10 +97,6 @@ def _fitting(source: Path, params: Params) -> dict[str, jax.Array]:
             "those of its U-Net, adapters merged by lora.effective"
         )
     return leaves
-
-
-def _flat(params: Params) -> dict[str, jax.Array]:
-    return dict(zip(jax.tree.leaves(paths(params)), jax.tree.leaves(params), strict=True))
 
 
 def _write_unet(

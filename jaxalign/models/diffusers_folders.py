@@ -9,6 +9,7 @@ in many with an index; the full one is read where both are there. `weights` read
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +140,7 @@ def load_tokenizer(path: Path | str, part: str = "tokenizer") -> Tokenize:
 
     Raises: UserError when the folder has none.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent
     from transformers import AutoTokenizer
 
     folder = resolve(path) / part

@@ -45,6 +45,11 @@ class Leaf(NamedTuple):
 # --- reading -------------------------------------------------------------------------------------
 
 
+def flat(params: Params) -> dict[str, jax.Array]:
+    """Path to array."""
+    return dict(zip(jax.tree.leaves(paths(params)), jax.tree.leaves(params), strict=True))
+
+
 def places(
     abstract: PyTree, rules: Rules, dtype: DTypeLike, shardings: Shardings | None
 ) -> dict[str, Leaf]:

@@ -12,6 +12,7 @@ Dimensions: B pictures, H W their sides, E width of the embeddings.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -24,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from jaxalign.core.types import Array, PyTree, UserError
-from jaxalign.rewards.clip_score import CHUNK, Embed, Reward, embed_in_chunks, unit
+from jaxalign.ops.chunks import map_chunks
+from jaxalign.rewards.clip_score import CHUNK, Embed, Reward, unit
 
 CONVERT = (
     'write it as safetensors: python -c "import torch; from safetensors.torch import save_file; '
@@ -55,7 +57,7 @@ def aesthetic(embed: Embed, chunk: int = CHUNK) -> Reward:
 
     def reward(pictures: Array, batch: Mapping[str, Array], params: Params) -> Array:
         del batch
-        found = unit(embed_in_chunks(embed, params.vision, pictures, chunk))
+        found = unit(map_chunks(functools.partial(embed, params.vision), pictures, chunk))
         return jnp.sum(found * params.head.weight[None], axis=-1) + params.head.bias
 
     return reward

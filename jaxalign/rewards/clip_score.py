@@ -6,21 +6,25 @@ release, which takes OpenCLIP's ViT-H/14.
 Departures: the plain cosine, as in that release. Hessel's is 2.5 * max(cos, 0), and others report
 100 * max(cos, 0); estimators of credit that divide by a prompt's spread see no difference.
 
-Prompts never change in a run, so they are embedded before it (`clip_folders.embed_prompts`), and a
-stage runs the vision tower alone, on a chunk of the pictures at a time: its states for all would
-not fit.
+Prompts never change in a run, so they are embedded before it, and a stage runs the vision tower
+alone, on a chunk of the pictures at a time, as its states for all would not fit:
+
+    vision, params = clip_folders.load_vision(path, jnp.bfloat16)
+    target = clip_folders.embed_prompts(path, prompts)  # Task.target; Task.reward is params
+    reward = clip_score(vision.embed)
 
 Dimensions: B pictures, M chunks, H W C a picture, E width of the embeddings.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
 
 from jaxalign.core.types import Array, PyTree, UserError
+from jaxalign.ops.chunks import map_chunks
 
 # (params, pictures [B, H, W, 3] in [-1, 1]) -> [B, E], as `models.clip.Vision.embed`
 Embed = Callable[[PyTree, Array], Array]
@@ -41,7 +45,7 @@ def clip_score(embed: Embed, chunk: int = CHUNK) -> Reward:
     _check(chunk)
 
     def reward(pictures: Array, batch: Mapping[str, Array], params: PyTree) -> Array:
-        found = unit(embed_in_chunks(embed, params, pictures, chunk))
+        found = unit(map_chunks(functools.partial(embed, params), pictures, chunk))
         return jnp.sum(found * unit(batch["target"]), axis=-1)
 
     return reward
@@ -51,23 +55,6 @@ def unit(rows: Array) -> Array:
     """Rows `[B, E]` with length one, f32."""
     rows = rows.astype(jnp.float32)
     return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
-
-
-def embed_in_chunks(embed: Embed, params: PyTree, pictures: Array, chunk: int) -> Array:
-    """`embed(params, pictures)`, `[B, E]`, of at most `chunk` pictures at once.
-
-    On a mesh every chunk has pictures of all devices, so none is sent, if `chunk` is a multiple of
-    the devices that B lies over and divides B.
-    """
-    count = len(pictures)
-    if count <= chunk:
-        return embed(params, pictures)
-    short = -count % chunk
-    if short:
-        pictures = jnp.concatenate([pictures, jnp.zeros((short, *pictures.shape[1:]))])
-    apart = pictures.reshape(chunk, -1, *pictures.shape[1:]).swapaxes(0, 1)  # [M, chunk, H, W, C]
-    rows = jax.lax.map(lambda some: embed(params, some), apart)
-    return rows.swapaxes(0, 1).reshape(count + short, -1)[:count]
 
 
 def _check(chunk: int) -> None:
