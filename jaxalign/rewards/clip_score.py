@@ -13,7 +13,7 @@ alone, on a chunk of the pictures at a time, as its states for all would not fit
     target = clip_folders.embed_prompts(path, prompts)  # Task.target; Task.reward is params
     reward = clip_score(vision.embed)
 
-Dimensions: B pictures, M chunks, H W C a picture, E width of the embeddings.
+Dimensions: B pictures, H W C a picture, E width of the embeddings.
 """
 
 from __future__ import annotations
