@@ -319,8 +319,10 @@ class _Window(NamedTuple):
 def _windows(rest: str) -> list[_Window]:
     """Of each spatial axis."""
     found = re.search(r"window=\{([^}]*)\}", rest)
-    fields = dict(part.split("=") for part in found[1].split()) if found else {}
-    count = len(fields.get("size", "1").split("x")) if found else 0
+    if not found:
+        return []
+    fields = dict(part.split("=") for part in found[1].split())
+    count = len(fields["size"].split("x"))
 
     def numbers(name: str, default: str) -> list[int]:
         text = fields.get(name, "x".join([default] * count))
@@ -358,8 +360,13 @@ def _sent(around: dict[str, Instruction], it: Instruction, kind: str) -> float:
 
 
 def _group(rest: str) -> int:
-    """Chips that talk to each other."""
+    """Chips that talk to each other, in any of the ways in which XLA writes it."""
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
         return int(found[2])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        # Part of an axis is written 'axis':(before)size.
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
     found = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     return len(found[1].split(",")) if found else 1

@@ -80,7 +80,8 @@ def make(run: cli.Run, topology: Topology, *, compiling: bool = True) -> Plan:
     plan: Plan = {
         "name": run.name,
         "preset": run.preset,
-        "command": run.command.replace("experiments.", "tpu.plan ", 1).replace("  ", " "),
+        "command": run.command.replace("experiments.", "tpu.plan ", 1),
+        "slug": _slug(run.command),
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": dict(mesh.shape),
@@ -180,7 +181,8 @@ def lower(program: Program) -> Any:
     counts = [len(jax.tree.leaves(argument)) for argument in program.arguments]
     owner = [i for i, count in enumerate(counts) for _ in range(count)]
     donated = tuple(j for j, i in enumerate(open_) if owner[i] in program.donated)
-    return jax.jit(run, donate_argnums=donated).lower(*(leaves[i] for i in open_))
+    made = jax.jit(run, donate_argnums=donated, keep_unused=True)
+    return made.lower(*(leaves[i] for i in open_))
 
 
 def _refusal(message: str) -> str:
@@ -305,6 +307,12 @@ def parse(argv: Sequence[str]) -> tuple[cli.Run, list[Topology], Path | None]:
     return run, slices, Path(own["--save"]) if own["--save"] else None
 
 
+def _slug(command: str) -> str:
+    """A file's name from `python -m experiments.NAME PRESET --flag value ...`."""
+    words = command.partition("experiments.")[2]
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", words).strip("-")
+
+
 def prepare(slices: Sequence[Topology], *, compiling: bool) -> None:
     """Settings of a process that plans; before the first use of a device."""
     jax.config.update("jax_platforms", "cpu")
@@ -328,7 +336,7 @@ def main(argv: Sequence[str]) -> int:
         print(describe(plan), flush=True)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{run.name}-{run.preset}-{topology.name}.json"
+            path = folder / f"{_slug(run.command)}-{topology.name}.json"
             path.write_text(json.dumps(plan, indent=1) + "\n")
     if all(plan["refused"] for plan in plans):
         return FITS_NOT

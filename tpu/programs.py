@@ -7,6 +7,7 @@ knows how it is spread over the mesh. The mesh may be of devices that are not th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,10 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.core import mesh as meshes
-from jaxalign.core.types import PyTree
+from jaxalign.core.state import TrainState
+from jaxalign.core.types import Array, PyTree, UserError
+from jaxalign.methods import b2_diffurl as b2_method
+from jaxalign.methods import r3hf as r3hf_method
+from jaxalign.models import clip, llama, unet, vae
+from jaxalign.ops.chunks import map_chunks
+from jaxalign.rollout.diffusion import Rollout, guided, level_sizes
 
 
 class Program(NamedTuple):
@@ -155,7 +162,6 @@ def hiql(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
 def _trajectories(config: Any) -> PyTree:
     """A data set of OGBench's size for the task: a million states and more, by its recipe."""
     from experiments import offline_data
-    from jaxalign.core.types import UserError
     from jaxalign.data import pointmaze_data
     from jaxalign.data.trajectories import Trajectories
 
@@ -169,5 +175,282 @@ def _trajectories(config: Any) -> PyTree:
     return Trajectories(*map(jax.ShapeDtypeStruct, shapes, kinds))  # ty: ignore
 
 
+# --- language models ------------------------------------------------------------------------------
+
+LLAMA_8B = llama.Config(
+    vocabulary=128_256,
+    width=4096,
+    inner=14_336,
+    depth=32,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    context=131_072,
+    eps=1e-5,
+    theta=500_000.0,
+    scaling=llama.RotaryScaling(8.0, 1.0, 4.0, 8192),
+)
+
+
+def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
+    """PPO of the first arm: sampling with scores, and the learning from them.
+
+    The model is that of `--source.model`, Llama 3.1 8B where none is named; its products are in
+    bfloat16 and its blocks are computed again backwards. All parameters, those of the reward model
+    too, lie by their rules.
+    """
+    del seeds  # one after the other
+    from experiments import language, problems
+    from jaxalign.data.preferences import Prompts
+    from jaxalign.models import folders
+    from jaxalign.models.scalar_head import with_scalar_head
+
+    source, r3 = config.source, language.arm_config(config, config.arms[0])
+    sizes = folders.read_config(source.model) if source.model else LLAMA_8B
+    if source.name not in problems.REAL or not isinstance(sizes, llama.Config):
+        raise UserError("plans are for real sets (nectar, tldr, saferlhf) and models like Llama")
+    model = llama.llama(sizes, jnp.bfloat16, remat=True)
+    scalar, everywhere, rows = (
+        with_scalar_head(model),
+        meshes.replicated(mesh),
+        meshes.batch_sharding(mesh),
+    )
+    part = r3.rollouts // (r3.minibatches * r3.micro_batches)
+    meshes.check_divisible("rl.rollouts / (minibatches * micro_batches) =", part, mesh)
+
+    def by_rules(tree: PyTree) -> PyTree:
+        return spread(tree, meshes.shardings(tree, mesh, llama.RULES))
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    reward = jax.eval_shape(scalar.init, key)
+    policy = jax.eval_shape(model.init, key)
+    critic = reward if r3.algorithm == "ppo" else None
+    state = by_rules(jax.eval_shape(lambda p, c: r3hf_method.init(r3, p, c), policy, critic))
+    shape = (source.pairs, source.prompt)
+    ids, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))
+    prompts = spread(Prompts(ids, mask), everywhere)  # ty: ignore[invalid-argument-type]
+    task = r3hf_method.Task(prompts, by_rules(reward), ())
+    decoding = r3hf_method.Decoding(source.response, (128_009,), 0)
+    parts = r3hf_method.Parts(model, scalar.scores, scalar.scores, _no_gold, decoding)
+
+    def rollout(state: TrainState, task: r3hf_method.Task, key: Array) -> r3hf_method.Samples:
+        policy = r3hf_method.policy_of(state.params)
+        return r3hf_method.sample(parts, r3, rows, policy, task, key)
+
+    def update(
+        state: TrainState, task: r3hf_method.Task, samples: r3hf_method.Samples, key: Array
+    ) -> tuple[TrainState, PyTree]:
+        batch, metrics = r3hf_method.estimate(parts, r3, state, samples, key)
+        optimizer = r3hf_method.make_optimizer(r3)
+        state, log = r3hf_method.learn(parts, r3, optimizer, rows, state, batch, key)
+        return state, (metrics, log)
+
+    given = (state, task, _key(mesh))
+    samples = spread(jax.eval_shape(rollout, *given), rows)
+    cache = jax.eval_shape(lambda: model.empty_cache(r3.rollouts, source.prompt + source.response))
+    held = {
+        "parameters": state.params,
+        "reference": state.slow,
+        "reward model": task.reward,
+        "optimizer": state.opt_state,
+        "prompts": prompts,
+    }
+    return [
+        Program(
+            "rollout",
+            rollout,
+            given,
+            held=held,
+            within={"cache": spread(cache, rows), "responses": samples},
+            turns=source.response - 1,
+        ),
+        Program("update", update, (state, task, samples, _key(mesh)), (0,), held),
+    ]
+
+
+def _no_gold(_: PyTree, ids: Array, mask: Array) -> Array:
+    """Nobody knows the true score of a real set's responses."""
+    del mask
+    return jnp.zeros(len(ids))
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+SD14 = unet.Config(
+    size=64,
+    channels_in=4,
+    channels_out=4,
+    widths=(320, 640, 1280, 1280),
+    depth=(1, 1, 1, 0),
+    heads=(8, 8, 8, 8),
+    middle=1,
+    layers=2,
+    context=768,
+    groups=32,
+    eps=1e-5,
+    linear=False,
+)
+SDXL = unet.Config(
+    size=128,
+    channels_in=4,
+    channels_out=4,
+    widths=(320, 640, 1280),
+    depth=(0, 2, 10),
+    heads=(5, 10, 20),
+    middle=10,
+    layers=2,
+    context=2048,
+    groups=32,
+    eps=1e-5,
+    linear=True,
+    size_width=256,
+    pooled=1280,
+)
+VAE = vae.Config(
+    channels=3, latent_channels=4, widths=(128, 256, 512, 512), layers=2, groups=32, scale=0.18215
+)
+CLIP_H = clip.Config(
+    width=1280, inner=5120, depth=32, heads=16, side=224, patch=14, projected=1024, gelu=True
+)
+PIPELINES = {"": SD14, "sd14": SD14, "sdxl": SDXL}
+TOKENS = 77  # of a prompt, in CLIP's text encoders
+
+
+def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
+    """Stable Diffusion under the first arm's settings: a chunk of the rollout, and the update.
+
+    `--model` is empty or sd14 for Stable Diffusion 1.4, sdxl, or a folder's. The reward is
+    CLIPScore by ViT-H/14, the stage the last one, whose suffix is the longest; of its pairs those
+    that the estimator can keep are trained on.
+    """
+    del seeds  # one after the other
+    from experiments import stable_diffusion
+    from jaxalign.models import diffusers_folders
+    from jaxalign.models.stable_diffusion import LORA_RULE
+    from jaxalign.ops import diffusion
+    from jaxalign.rewards.clip_score import clip_score
+
+    if not isinstance(config, stable_diffusion.Experiment):
+        raise UserError("plans are for Stable Diffusion's presets; give one of those, as sd14-ddpo")
+    sizes = PIPELINES.get(config.model) or diffusers_folders.read_unet_config(config.model)
+    dtype, rows = jnp.dtype(config.dtype), meshes.batch_sharding(mesh)
+    net, coder = unet.unet(sizes, dtype, remat=True), vae.autoencoder(VAE, dtype)
+    tower = clip.vision(CLIP_H, clip.Normalisation(), dtype)
+    b2 = stable_diffusion.method_of(config, config.arms[0], mesh)
+    chunks = stable_diffusion.chunks_of(config, b2, mesh)
+    shape = stable_diffusion.latent_shape(config, sizes.size, sizes.channels_in, coder.shrink)
+    count = len(stable_diffusion.read_prompts(config).train)
+    key, everywhere = jax.eval_shape(lambda: jax.random.key(0)), meshes.replicated(mesh)
+
+    def by(rules: meshes.Rules, tree: PyTree) -> PyTree:
+        return spread(tree, meshes.shardings(tree, mesh, rules))
+
+    base = jax.eval_shape(net.init, key)
+    make = functools.partial(b2_method.init, b2, prompts=count, lora_rule=LORA_RULE)
+    state = by(unet.RULES, jax.eval_shape(lambda p, key: make(p, key=key), base, key))
+    state = state._replace(extra=state.extra._replace(suffix=np.int32(b2.suffix_stop)))
+    alphas = diffusion.scaled_linear_alphas()
+    sampler = jax.eval_shape(lambda: diffusion.ddim_sampler(alphas, b2.steps, eta=b2.eta))
+    context = _conditions(sizes, count)
+    null = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), context)
+    target = jax.ShapeDtypeStruct((count, CLIP_H.projected), jnp.float32)
+    known = spread((sampler, context, null, target), everywhere)
+    scorer = by(clip.RULES, jax.eval_shape(tower.init, key))
+    decoder = by(vae.RULES, jax.eval_shape(coder.init, key))
+    task = b2_method.Task(*known, scorer, decoder)
+    predict, reward = guided(net.apply, b2.guidance), clip_score(tower.embed)
+    at_once = config.decode_per_device * stable_diffusion.devices_of(mesh)
+
+    def rollout(state: TrainState, task: b2_method.Task, key: Array) -> tuple[PyTree, Array]:
+        groups = b2.groups // chunks
+        samples = b2_method.sample(predict, b2, groups, shape, rows, state, task, key)
+        decode = functools.partial(coder.decode, task.decoder)
+        pictures = map_chunks(decode, samples.pictures, at_once)
+        batch = {"target": task.target[jnp.repeat(samples.prompt, b2.leaves)]}
+        return samples, reward(pictures, batch, task.reward)
+
+    def update(
+        state: TrainState, task: b2_method.Task, samples: PyTree, rewards: Array, key: Array
+    ) -> tuple[TrainState, PyTree]:
+        optimizer = b2_method.make_optimizer(b2)
+        return b2_method.update(predict, b2, optimizer, state, task, samples, rewards, key, rows)
+
+    samples = _trees(b2, shape, mesh)
+    rewards = spread(jax.ShapeDtypeStruct((b2.groups * b2.leaves,), jnp.float32), rows)
+    held = {
+        "parameters": state.params,
+        "optimizer": state.opt_state,
+        "reward model": task.reward,
+        "autoencoder": task.decoder,
+        "prompts": (task.context, task.null, task.target),
+    }
+    if state.slow:
+        held["reference"] = state.slow
+    pairs = b2.suffix_stop * b2.groups * b2.leaves * _kept(b2)
+    turns = math.ceil(math.ceil(pairs / b2.updates) / b2.micro_batch)
+    return [
+        Program(
+            "rollout",
+            rollout,
+            (state, task, _key(mesh)),
+            held=held,
+            beside={"trajectories": samples} if chunks > 1 else {},
+            turns=b2.steps,
+            times=chunks,
+        ),
+        Program(
+            "update",
+            update,
+            (state, task, samples, rewards, _key(mesh)),
+            (0,),
+            {**held, "trajectories": samples},
+            turns=turns,
+        ),
+    ]
+
+
+def _conditions(sizes: unet.Config, count: int) -> PyTree:
+    """What the U-Net takes for each prompt."""
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct((count, *shape), jnp.float32)
+
+    tokens = array(TOKENS, sizes.context)
+    if not sizes.size_width:
+        return tokens
+    return unet.Conditions(tokens, array(sizes.pooled), array(6))
+
+
+def _trees(b2: b2_method.Config, shape: tuple[int, ...], mesh: Mesh) -> b2_method.Samples:
+    """A stage's samples, groups dealt out to the devices."""
+    groups, width, steps = b2.groups, sum(level_sizes(b2.branches)), b2.steps
+    first = meshes.batch_sharding(mesh)
+    second = NamedSharding(mesh, PartitionSpec(None, *first.spec))
+
+    def array(where: NamedSharding, kind: Any, *sizes: int) -> Any:
+        return jax.ShapeDtypeStruct(sizes, kind, sharding=where)
+
+    everywhere = meshes.replicated(mesh)
+    record = Rollout(
+        array(second, jnp.float32, steps + 1, groups, width, *shape),
+        array(second, jnp.float32, steps, groups, width),
+        *(array(everywhere, jnp.int32, width) for _ in range(2)),
+    )
+    prompt = array(first, jnp.int32, groups)
+    return b2_method.Samples(prompt, array(first, jnp.float32, groups * b2.leaves, *shape), record)
+
+
+def _kept(b2: b2_method.Config) -> float:
+    """The share of a stage's pairs that its estimator keeps at most."""
+    if b2.estimator in ("official", "extremes"):  # the best and the worst of those compared
+        return 2 / max(2, b2.leaves if b2.estimator == "official" else 5)
+    return b2.keep_share if b2.estimator == "telescope_shrunk" else 1.0
+
+
 Build = Callable[[Any, Sequence[int], Mesh], list[Program]]
-PROGRAMS: Mapping[str, Build] = {"metra": metra, "hiql": hiql}
+PROGRAMS: Mapping[str, Build] = {
+    "metra": metra,
+    "hiql": hiql,
+    "r3hf": r3hf,
+    "b2_diffurl": b2_diffurl,
+}
