@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -44,6 +45,7 @@ from jaxalign.rollout.diffusion import denoise, guided
 
 RANDOM = "random"  # a model of random weights, made in the work directory
 TEMPLATES = {"template1": "animals", "template2": "produce", "template3": "relations"}
+EXPORTS = {"lora": f"lora/{lora_files.FILE}", "folder": "model"}
 KEPT_SIDE = 256  # pixels of the pictures that a run keeps for its report
 
 
@@ -370,12 +372,14 @@ def train_arm(
 
 
 def export(config: Experiment, b2: b2_diffurl.Config, state: TrainState, directory: Path) -> None:
-    """Leaves what was trained as `lora/`, or as the whole pipeline in `model/`."""
+    """Leaves what was trained as `lora/`, or as the whole pipeline in `model/`.
+
+    What is there was left whole by the same run.
+    """
     params = distributed.fetch(state.params)
-    if not distributed.is_main():
+    if not distributed.is_main() or (directory / EXPORTS[config.export]).exists():
         return
     if config.export == "lora":
-        (directory / "lora").mkdir(exist_ok=True)
         lora_files.save(directory / "lora", params["lora"])
         return
     merged = b2_diffurl.policy_params(state._replace(params=params), b2)
@@ -440,6 +444,12 @@ def with_model(config: Experiment, workdir: Path) -> Experiment:
 
 def run_all(run: cli.Run) -> None:
     """Every seed of the command line, one after the other, then the report."""
+    if run.config.dry_run:
+        from experiments import dry_run
+
+        with tempfile.TemporaryDirectory() as folder:
+            print(dry_run.describe(with_model(run.config, Path(folder))))
+        return
     check(run.config)
     for each in cli.open_seeds(run):
         config = with_model(each.config, each.workdir)

@@ -26,6 +26,11 @@ def map_chunks(function: Callable[[Array], Array], rows: Array, chunk: int) -> A
     short = -count % chunk
     if short:
         rows = jnp.concatenate([rows, jnp.zeros((short, *rows.shape[1:]), rows.dtype)])
-    apart = rows.reshape(chunk, -1, *rows.shape[1:]).swapaxes(0, 1)  # [M, chunk, ...]
-    out = jax.lax.map(function, apart).swapaxes(0, 1)
+    apart = rows.reshape(chunk, -1, *rows.shape[1:])  # [chunk, M, ...]
+
+    def one(i: Array) -> Array:
+        return function(jax.lax.dynamic_index_in_dim(apart, i, 1, keepdims=False))
+
+    # By number: turning the axes round would copy all rows.
+    out = jax.lax.map(one, jnp.arange(apart.shape[1])).swapaxes(0, 1)
     return out.reshape(-1, *out.shape[2:])[:count]

@@ -127,6 +127,8 @@ class HostReward:
         try:
             with np.errstate(over="ignore"):  # a number too large for f32 is infinite: told below
                 rewards = np.asarray(self._score(images, rows), np.float32)
+        except UserError as error:  # which says itself what to mend
+            raise UserError(f"reward {self.name}: {error}") from error
         except BaseException as error:
             text = (str(error).strip().splitlines() or ["without a word"])[0]
             raise UserError(
