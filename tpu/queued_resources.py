@@ -10,6 +10,7 @@ States of a queued resource: https://cloud.google.com/tpu/docs/queued-resources.
 from __future__ import annotations
 
 import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ _SLICES = {
     "FAILED": Slice.LOST,
     "SUSPENDED": Slice.LOST,
 }  # all others pass by themselves
+_STATE = "value(state.state,state.failedData.error.message)"  # with a tab between
 _SHORT, _LONG = 300, 3600  # seconds for a question, and for an installation
 
 
@@ -75,11 +77,14 @@ class QueuedResource:
 
     def look(self) -> Seen:
         words = _queued("describe", self._job.name, self._where)
-        done = self._shell.run([*words, "--format", "value(state.state)"])
+        done = self._shell.run([*words, "--format", _STATE], timeout=_SHORT)
         if done.code:
             absent = _is_absent(done) or self._shell.tell(done)
             return Seen(Slice.ABSENT if absent else Slice.UNKNOWN)
-        found = _SLICES.get(done.out.strip(), Slice.WAITING)
+        state, _, why = done.out.strip().partition("\t")
+        if why:
+            print(why, file=sys.stderr, flush=True)
+        found = _SLICES.get(state, Slice.WAITING)
         return self._look_inside() if found is Slice.READY or self._shell.dry else Seen(found)
 
     # --- the machines ----------------------------------------------------------------------------

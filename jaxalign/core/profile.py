@@ -21,7 +21,7 @@ FOLDER = "profile"  # in a run's directory
 @contextlib.contextmanager
 def recorded(
     step: Callable[..., Any], directory: Path, steps: int, skip: int = 2
-) -> Generator[Callable[..., Any]]:
+) -> Generator[Callable[..., Any], None, None]:
     """The step, of which calls `skip + 1` to `skip + steps` leave a profile in the directory.
 
     It holds `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz`, as `jax.profiler`

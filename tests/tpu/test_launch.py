@@ -262,10 +262,12 @@ def test_a_run_that_saved_itself_goes_on_in_place(stubs: Stubs):
     assert len(stubs.calls("sh setup")) == 1, "what is installed stays installed"
 
 
-def test_an_order_that_fails_is_made_anew_so_many_times(stubs: Stubs):
-    stubs.script({"describe": [GONE, says("FAILED"), GONE, says("FAILED"), GONE, says("FAILED")]})
+def test_an_order_that_fails_is_made_anew_so_many_times(stubs: Stubs, capfd):
+    failed = says("FAILED\tno capacity in the zone")
+    stubs.script({"describe": [GONE, failed, GONE, failed, GONE, failed]})
     code, pauses = run("--retries", "2", *RUN)
     assert code == cli.PREEMPTED
+    assert "no capacity in the zone" in capfd.readouterr().err
     assert pauses == [0.0, 30.0, 0.0, 60.0, 0.0]
     assert len(stubs.calls(" create ")) == len(stubs.calls(" delete ")) == 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import PREEMPTED
+from experiments import cli
 from tpu import launch
 from tpu.recovery import NO_CAPACITY, RESTARTABLE, Limits
 
@@ -97,6 +98,23 @@ def test_every_module_and_option_of_ours_exists(command: str):
             assert all(f'"{option}"' in text or f"{option} " in text for option in options)
 
 
+EXPERIMENTS = [
+    words
+    for line in commands()
+    for part in line.split(" -- ")
+    if (words := expanded(part))[:2] == ["python", "-m"] and words[2].startswith("experiments.")
+]
+
+
+@pytest.mark.parametrize("words", EXPERIMENTS, ids=shlex.join)
+def test_every_experiment_takes_its_options(words: list[str]):
+    if "--profile" in words and "--profile" not in cli._RUN_FLAGS:
+        pytest.skip("the command line of experiments has no --profile yet")
+    name = words[2].removeprefix("experiments.")
+    module = importlib.import_module(words[2])
+    assert cli.parse(name, module.PRESETS, "", words[3:]).name == name
+
+
 def test_the_deletion_by_hand_is_the_launchers(rehearse):
     [by_hand] = [line for line in commands() if "queued-resources delete" in line]
     out = rehearse(next(line for line in OURS if "--engine" not in line and "-smoke" not in line))
@@ -106,7 +124,7 @@ def test_the_deletion_by_hand_is_the_launchers(rehearse):
 
 def test_the_table_of_ends_has_the_launchers_numbers():
     [rows] = re.findall(r"Its exit code \|\n(.*?)\n\n", TEXT, re.S)
-    assert f"| {PREEMPTED} |" in rows
+    assert f"| {cli.PREEMPTED} |" in rows
     assert f"| {NO_CAPACITY} |" in rows
     assert f"({', '.join(map(str, RESTARTABLE))})" in rows
     assert f"`--retries` of these ({Limits().retries})" in rows
