@@ -44,6 +44,7 @@ SETTINGS = "lora_adapter_metadata"  # the key of PEFT's settings in the header
 
 Dialect = Literal["peft", "processor"]
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 PROJECTION = re.compile(r"\.(to_[qkv]|to_out)(?:\.0)?$")
 ENDINGS = {
     ".lora_A.weight": "down",
@@ -156,11 +157,12 @@ def load(path: Path | str, params: Params) -> Params:
 def _file(path: Path) -> Path:
     """The safetensors file that `path` is or has."""
     file = path / FILE if path.is_dir() else path
-    pickles = list(path.glob("*.bin")) + list(path.glob("*.pt*")) if path.is_dir() else []
-    if file.suffix != ".safetensors" or (pickles and not file.exists()):
+    others = [] if file.exists() and path.is_dir() else [path, *sorted(path.glob("*"))]
+    pickles = [other for other in others if other.suffix in PICKLES]
+    if pickles:
         raise UserError(
-            f"{pickles[0] if pickles else file}: not safetensors, and pickle files are never "
-            f"opened; write {FILE} with save_lora_weights of diffusers"
+            f"{pickles[0]}: pickle files are never opened; write {FILE} from it with "
+            "save_lora_weights of diffusers"
         )
     return file
 

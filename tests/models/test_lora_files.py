@@ -274,7 +274,10 @@ def test_files_that_cannot_be_read(tmp_path):
     pickle.write_bytes(b"anything")
     for path in (tmp_path, pickle):
         line = refused(lora_files.load, path, shapes("unet_1"))
-        assert f"{pickle}: not safetensors" in line and "never opened" in line
+        assert f"{pickle}: pickle files are never opened" in line
+    lora_files.save(tmp_path, trained(shapes("unet_1")))  # beside a pickle file
+    assert lora_files.load(tmp_path, shapes("unet_1"))
+    assert "cannot be read" in refused(lora_files.load, tmp_path / "nowhere", shapes("unet_1"))
 
 
 def test_nothing_is_overwritten_or_half_written(tmp_path):
