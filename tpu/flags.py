@@ -42,7 +42,7 @@ FLAGS = (
         "xla_tpu_scoped_vmem_limit_kib",
         "98304",
         ("v6e",),
-        "one operation may fill 96 MiB of vector memory instead of 32, with larger tiles: two layers "
+        "an operation may fill 96 MiB of vector memory instead of 32, for larger tiles: two layers "
         "2,048 wide take half as long by the compiler's own estimate",
     ),
 )

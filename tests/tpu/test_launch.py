@@ -570,3 +570,57 @@ def test_the_tree_is_installed_with_its_constraints(tmp_path, monkeypatch):
 def test_scripts_pass_shellcheck(script: Path):
     done = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+# --- both together -------------------------------------------------------------------------------
+
+# A cloud of one machine: what is sent there by ssh runs here, in a home of its own.
+CLOUD = """#!/usr/bin/env bash
+set -euo pipefail
+cd {folder}
+words=$*
+case $words in
+  *" create "*) echo ACTIVE >state ;;
+  *" delete "*) rm -f state ;;
+  *" describe "*) cat state 2>/dev/null || {{ echo NOT_FOUND >&2; exit 1; }} ;;
+  *" scp "*) cp "$5" "$6" . ;;
+  *" ssh "*) HOME=$PWD PATH=$PWD:$PATH bash -c "${{words##*--command=}}" ;;
+esac
+"""
+GIT = """#!/usr/bin/env bash
+[[ $* != *archive* ]] || tar -czf "$6" -C {root} constraints.txt
+"""
+# Installs a python that is stopped at its first run.
+UV = """#!/usr/bin/env bash
+mkdir -p .venv/bin
+cat >.venv/bin/python <<'EOF'
+#!/usr/bin/env bash
+echo "$JAX_PLATFORMS $*"
+[[ $* == *--resume ]] || exit 42
+EOF
+chmod +x .venv/bin/python
+"""
+
+
+def test_a_stopped_run_goes_on_to_its_end_on_a_machine(stubs, tmp_path, monkeypatch, capfd):
+    programs = {"gcloud": CLOUD, "git": GIT, "uv": UV, "sudo": "#!/bin/sh\ncat >/dev/null\n"}
+    for name, text in programs.items():
+        braces = name in ("gcloud", "git")
+        program = tmp_path / name
+        program.write_text(text.format(folder=tmp_path, root=ROOT) if braces else text)
+        program.chmod(0o755)
+    monkeypatch.setattr("tpu.queued_resources.AWAY", str(tmp_path))
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        time.sleep(0.2)  # the machine needs a moment
+
+    with pytest.raises(SystemExit) as end:
+        words = ["--name", "run", "--topology", "v5litepod-4", "--retries", "2", *RUN]
+        launch.main(words, sleep=sleep)
+    assert end.value.code == 0
+    said = "tpu,cpu -m experiments.metra tiny --workdir gs://bucket/runs/run --resume"
+    assert said in capfd.readouterr().out.splitlines()
+    assert Limits().grace in pauses
+    assert not (tmp_path / "state").exists(), "the machine is given back"
