@@ -3,6 +3,9 @@
 A mesh has named axes; the batch is spread over those in `DATA_AXES`, parameters over whatever the
 sharding rules of their model say. Every mesh is made with `AxisType.Auto`: the partitioner inserts
 the communication, and results do not depend on the number of devices.
+
+Devices may come in slices, fast inside and joined by a network (a multislice TPU). Then only the
+axis "data" leads from slice to slice: it is outermost, and gradients are all that crosses.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.core.types import PyTree, UserError
@@ -45,7 +50,8 @@ def make_mesh(
     """A mesh over all `devices` (default: every device of the run).
 
     sizes: axis name to size; one size may be -1, which takes the devices that are left.
-    Raises: UserError when the sizes do not multiply to the number of devices.
+    Raises: UserError when the sizes do not multiply to the number of devices, or "data" cannot be
+        shared out to the slices.
     """
     _check_sizes(sizes)
     devices = list(jax.devices() if devices is None else devices)
@@ -57,12 +63,33 @@ def make_mesh(
             f"mesh {shown}: the sizes must multiply to the number of devices, {len(devices)}; "
             f"change them, or let one be -1 with the others dividing {len(devices)}"
         )
+    if (slices := _slices(devices)) > 1:
+        return _over_slices(filled, devices, slices)
     return jax.make_mesh(
         tuple(filled.values()),
         tuple(filled),
         axis_types=(AxisType.Auto,) * len(filled),
         devices=devices,
     )
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """How many slices of a TPU; other machines may number their hosts so, but are one."""
+    return len({getattr(each, "slice_index", 0) for each in devices if each.platform == "tpu"})
+
+
+def _over_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device], slices: int) -> Mesh:
+    """A mesh whose "data" axis is made of the slices, and of what it has inside of each."""
+    if sizes.get("data", 1) % slices:
+        shown = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise UserError(
+            f"mesh {shown}: data must be a multiple of {slices}, the number of slices, as it alone "
+            f"leads from one to another; use for example data=-1 with the others inside a slice"
+        )
+    across = [slices if name == "data" else 1 for name in sizes]
+    inside = [size // n for size, n in zip(sizes.values(), across, strict=True)]
+    ordered = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    return Mesh(np.asarray(ordered), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _check_sizes(sizes: Mapping[str, int]) -> None:

@@ -1,5 +1,7 @@
 """Meshes, shardings and their messages, on eight virtual devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -75,3 +77,35 @@ def test_shardings_refuse_what_does_not_fit():
         meshes.shardings({"w": jnp.zeros((3, 5))}, mesh, [("w", P(None, "fsdp"))])
     with pytest.raises(UserError, match="has more axes"):
         meshes.shardings({"w": jnp.zeros(4)}, mesh, [("w", P(None, "fsdp"))])
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a TPU's device."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def two_slices() -> list[Chip]:
+    """Two of 2 x 2 chips, numbered across."""
+    return [Chip(i, i % 2, (i // 2 % 2, i // 4, 0)) for i in range(8)]
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(4, 2), (2, 4), (8, 1)])
+def test_only_data_leads_from_slice_to_slice(data, fsdp, monkeypatch):
+    monkeypatch.setattr(meshes, "Mesh", lambda devices, names, axis_types: devices)
+    ordered = meshes.make_mesh({"data": -1, "fsdp": fsdp}, two_slices())
+    slices = [[chip.slice_index for chip in row] for row in ordered]
+    assert slices == [[0] * fsdp] * (data // 2) + [[1] * fsdp] * (data // 2)
+    assert sorted(chip.id for row in ordered for chip in row) == list(range(8))
+
+
+def test_a_mesh_without_data_for_every_slice_is_refused():
+    with pytest.raises(UserError, match="data must be a multiple of 2, the number of slices"):
+        meshes.make_mesh({"data": 1, "fsdp": 8}, two_slices())
