@@ -65,7 +65,7 @@ def _positive(text: str) -> int:
 
 
 class Pod:
-    """The processes of a run.
+    """The processes of a run, the first of which leads.
 
     folder: for what processes other than the first say.
     """
@@ -73,7 +73,7 @@ class Pod:
     def __init__(self, command: Sequence[str], count: int, devices: int, folder: Path) -> None:
         address = f"127.0.0.1:{_free_port()}"
         self._logs = [folder / f"process-{i}.log" for i in range(count)]
-        self._processes: list[subprocess.Popen] = []
+        self.processes: list[subprocess.Popen] = []
         for i, log in enumerate(self._logs):
             environ = {**os.environ, **_environment(address, count, i, devices)}
             with open(log, "wb") as file:
@@ -84,8 +84,8 @@ class Pod:
                     stderr=subprocess.STDOUT if i else subprocess.PIPE,
                     start_new_session=True,  # ctrl-c reaches it through `pass_on`, and not twice
                 )
-            self._processes.append(started)
-        first = self._processes[0]
+            self.processes.append(started)
+        first = self.processes[0]
         self._streams = [
             threading.Thread(target=_copy, args=pipe, daemon=True)
             for pipe in ((first.stdout, sys.stdout.buffer), (first.stderr, sys.stderr.buffer))
@@ -95,15 +95,15 @@ class Pod:
 
     def pass_on(self, number: int, frame: FrameType | None = None) -> None:
         """Sends a signal to all processes that live."""
-        for process in self._processes:
+        for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def wait(self, timeout: float, grace: float) -> int:
         """The run's exit code, once no process is left. Seconds: of all, and after a failure."""
         end, code = time.monotonic() + timeout, 0
-        while alive := [each for each in self._processes if each.poll() is None]:
-            failed = next((each for each in self._processes if each.returncode), None)
+        while alive := [each for each in self.processes if each.poll() is None]:
+            failed = next((each for each in self.processes if each.returncode), None)
             if failed and not code:
                 code, end = _exit_code(failed), min(end, time.monotonic() + grace)
             if time.monotonic() > end:
@@ -113,11 +113,11 @@ class Pod:
             time.sleep(LOOK)
         for stream in self._streams:
             stream.join(timeout=5)
-        return code or next(map(_exit_code, (p for p in self._processes if p.returncode)), 0)
+        return code or next(map(_exit_code, (p for p in self.processes if p.returncode)), 0)
 
     def show(self) -> None:
         """Prints how each process ended, and the last lines of those whose words went to files."""
-        for i, (process, log) in enumerate(zip(self._processes, self._logs, strict=True)):
+        for i, (process, log) in enumerate(zip(self.processes, self._logs, strict=True)):
             print(f"--- process {i} ended with {_exit_code(process)}", file=sys.stderr)
             lines = log.read_text(errors="replace").splitlines()
             lines = [line for line in lines if not line.startswith(NOISE.decode())]
@@ -142,10 +142,11 @@ def _free_port() -> int:
 
 
 def _copy(source: IO[bytes], target: IO[bytes]) -> None:
-    for line in source:
-        if not line.startswith(NOISE):
-            target.write(line)
-            target.flush()
+    with source:
+        for line in source:
+            if not line.startswith(NOISE):
+                target.write(line)
+                target.flush()
 
 
 def _kill(process: subprocess.Popen) -> None:

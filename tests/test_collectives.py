@@ -1,0 +1,103 @@
+"""How often each method's compiled step speaks over the mesh, on (data=4, fsdp=2).
+
+Seeds that are dealt out have nothing to say to each other. Where a batch is shared, gradients and
+metrics are summed, and what estimators ask of whole groups is gathered; a number that rises means that the partitioner found a worse way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import jax
+import pytest
+from jax.sharding import Mesh
+
+from experiments import b2_diffurl as b2_presets
+from experiments import hiql as hiql_presets
+from experiments import metra as metra_presets
+from experiments import pictures
+from jaxalign.core import mesh as meshes
+from jaxalign.methods import b2_diffurl
+from tpu import programs
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return meshes.make_mesh({"data": 4, "fsdp": 2})
+
+
+def collectives(text: str) -> dict[str, int]:
+    """Instructions of each kind in a compiled program; those in loops count once."""
+    found = Counter(re.findall(rf"= \S+ ({'|'.join(KINDS)})(?:-start)?\(", text))
+    grouped = re.findall(rf"= \([^=]*\) ({'|'.join(KINDS)})(?:-start)?\(", text)
+    return dict(found + Counter(grouped))
+
+
+def compiled(program: programs.Program) -> str:
+    arguments = jax.tree.map(
+        lambda leaf: (
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            if not isinstance(leaf, jax.ShapeDtypeStruct)
+            else leaf
+        ),
+        program.arguments,
+    )
+    function = program.function
+    function = function if hasattr(function, "lower") else jax.jit(function)
+    return function.lower(*arguments).compile().as_text()
+
+
+def metra_dealt(mesh: Mesh) -> str:
+    config = dataclasses.replace(metra_presets.tiny(), arms=("metra",))
+    (program,) = programs.metra(config, range(8), mesh)
+    return compiled(program)
+
+
+def hiql_dealt(mesh: Mesh) -> str:
+    (program,) = programs.hiql(hiql_presets.tiny(), range(8), mesh)
+    return compiled(program)
+
+
+def hiql_shared(mesh: Mesh) -> str:
+    (program,) = programs.hiql(hiql_presets.tiny(), range(1), mesh)
+    return compiled(program)
+
+
+def b2_stage(mesh: Mesh) -> str:
+    config = dataclasses.replace(b2_presets.tiny(), arms=("ddpo",))
+    world = pictures.make_world(config)
+    networks = pictures.make_networks(world, config.network)
+    base = {
+        "text": networks.text.init(jax.random.key(0)),
+        "net": networks.net.init(jax.random.key(1)),
+    }
+    lab = pictures.Lab(world, networks, base, mesh)
+    b2 = pictures.ARMS["ddpo"](config.b2)
+    task = pictures.make_task(lab, b2, world.train)
+    state = b2_diffurl.init(b2, base["net"], task.prompts, jax.random.key(0), pictures.LORA_RULE)
+    state, key = jax.device_put((state, jax.random.key(0)), meshes.replicated(mesh))
+    stage = pictures.make_stage(lab, config, b2, None)
+    return stage.lower(state, task, key).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (metra_dealt, {}),
+        (hiql_dealt, {}),
+        (hiql_shared, {"all-reduce": 2}),
+        (b2_stage, {"all-reduce": 7, "all-gather": 6}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_step_speaks_no_more_than_it_must(
+    step: Callable[[Mesh], str], expected: dict[str, int], mesh: Mesh
+):
+    found = collectives(step(mesh))
+    assert found.keys() == expected.keys()
+    assert all(found[kind] <= most for kind, most in expected.items()), found
