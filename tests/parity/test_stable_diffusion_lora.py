@@ -97,11 +97,12 @@ def merged(name: str, adapters):
 
 
 def trained(params, rank: int = 3):
-    """Adapters that change what the network puts out."""
+    """Adapters that change what the network puts out; larger ones make it amplify rounding."""
     adapters = lora.init_lora(jax.random.key(0), params, rank, lora_files.RULE)
     random = np.random.RandomState(3)
     for adapter in adapters.values():
-        adapter["up"] = jnp.asarray(random.standard_normal(adapter["up"].shape), jnp.float32)
+        up = 0.1 * random.standard_normal(adapter["up"].shape)
+        adapter["up"] = jnp.asarray(up, jnp.float32)
     return adapters
 
 
