@@ -1,7 +1,8 @@
 """How often each method's compiled step speaks over the mesh, on (data=4, fsdp=2).
 
 Seeds that are dealt out have nothing to say to each other. Where a batch is shared, gradients and
-metrics are summed, and what estimators ask of whole groups is gathered; a number that rises means that the partitioner found a worse way.
+metrics are summed, and what estimators ask of whole groups is gathered; a number that rises means
+that the partitioner found a worse way.
 """
 
 from __future__ import annotations
