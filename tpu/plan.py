@@ -129,6 +129,7 @@ def _program(program: Program, topology: Topology, share: int, compiling: bool) 
     found["counted"] = share * bytes_a_device(program.arguments)
     counted = cost.count(program.function, *program.arguments, turns=program.turns)
     found["formula"] = counted.flops / topology.chips
+    found["exchanged"] = program.exchanged and share * program.exchanged
     if compiling:
         found |= _compiled(program, topology, share)
     beside = sum(found["beside"].values())

@@ -108,7 +108,7 @@ def _need(plan: Plan, columns: Sequence[str]) -> list[str]:
         return [*row, "**does not fit**", "", "", "", "", _figures(plan["refused"]), ""]
     peak = max(each["peak"] + sum(each["beside"].values()) for each in plan["programs"])
     flops, formula = _sum(plan, "flops"), _sum(plan, "formula")
-    sent = sum(each["times"] * sum(each["sent"].values()) for each in plan["programs"])
+    sent = _sent(plan)
     price = plan["price"] * plan["seconds"] / 3.6 if plan["price"] else None
     return [
         *row,
@@ -153,22 +153,19 @@ def _sum(plan: Plan, name: str) -> float:
 
 WEAK_SCALING = """## Weak scaling
 
-The work grows with the slice, so that every chip keeps its share. "predicted" is what the smallest
-slice's bytes become over n chips if collectives stay rings, (n - 1) / n of the whole each: constant
-but for that factor. "share" is the interconnect's part of the least time of a step.
+The work grows with the slice, so that every chip keeps its share. "predicted" is arithmetic: a sum
+of gradients over n chips sends 2 (n - 1) / n of their bytes, which hardly depends on n. "share" is
+the interconnect's part of the least time of a step.
 """
 
 
 def _scaling(plans: Sequence[Plan]) -> str:
     """A row a slice, the smallest first."""
-    fit = [plan for plan in plans if not plan["refused"]]
-    base = fit[0]
     rows = []
-    for plan in fit:
-        sent, was = _sent(plan), _sent(base)
-        chips, few = plan["chips"], base["chips"]
-        predicted = was * ((chips - 1) / chips) / ((few - 1) / few)
-        ratio = f"{sent / predicted:.2f}" if predicted else "1.00" if not sent else "-"
+    for plan in (plan for plan in plans if not plan["refused"]):
+        sent, chips = _sent(plan), plan["chips"]
+        predicted = sum(each["times"] * each["exchanged"] for each in plan["programs"])
+        ratio = f"{sent / predicted:.3f}"
         rows.append(
             [
                 plan["topology"],

@@ -38,6 +38,7 @@ class Program(NamedTuple):
     within: arrays of which it is known that the program keeps them while it runs.
     beside: what else lies in the devices' memory meanwhile.
     turns: of a loop that data end, how many to plan for.
+    exchanged: bytes that each device has to send by arithmetic, where something predicts them.
     times: how often it runs in a training step.
     """
 
@@ -50,6 +51,7 @@ class Program(NamedTuple):
     beside: Mapping[str, PyTree] = {}
     turns: int = 1
     times: int = 1
+    exchanged: float | None = None
 
 
 def spread(tree: PyTree, sharding: NamedSharding | PyTree) -> PyTree:
@@ -78,6 +80,11 @@ def bytes_a_device(tree: PyTree) -> int:
 
 def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
     return spread(jax.eval_shape(lambda: jax.random.key(0)), meshes.replicated(mesh))
+
+
+def sum_over(devices: int, size: float) -> float:
+    """Bytes that each of n devices sends so that all have the sum of arrays of `size` bytes."""
+    return 2 * (devices - 1) / devices * size
 
 
 # --- seeds side by side ---------------------------------------------------------------------------
@@ -156,7 +163,11 @@ def hiql(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
         "optimizer": state.opt_state,
         "data": data,
     }
-    return [Program("training", function, (state, data, _key(mesh)), (0,), held)]
+    # Without seeds to deal out, each update sums its gradients over all devices.
+    gradients = 0 if rows is None else bytes_a_device(state.params)
+    exchanged = config.at_once * sum_over(mesh.size, gradients)
+    given = (state, data, _key(mesh))
+    return [Program("training", function, given, (0,), held, exchanged=exchanged)]
 
 
 def _trajectories(config: Any) -> PyTree:
