@@ -144,7 +144,9 @@ def read(workdir: str | Path) -> Comparison:
                 runs[path.parent.name, seed] = run
     if not runs:
         raise UserError(f"{workdir}: no arm has metrics yet; wait for the run's first row")
-    listed = [*config.get("arms", ()), *sorted({arm for arm, _ in runs})]
+    # A sweep's arms are named by their numbers, as they are found.
+    known = () if config.get("sweep") else config.get("arms", ())
+    listed = [*known, *sorted({arm for arm, _ in runs})]
     env = _read_json(folders[0] / "env.json") if (folders[0] / "env.json").exists() else {}
     return Comparison(workdir, config, env, tuple(dict.fromkeys(listed)), seeds, runs)
 

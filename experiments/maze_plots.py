@@ -5,10 +5,12 @@ matplotlib is imported with it, where a figure is made: tables are printed witho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 
 from experiments import plots
 from experiments.comparison import Comparison, curve
@@ -24,6 +26,18 @@ _STYLES: Mapping[str, Style] = {
     "qrl": {"color": "#009E73", "marker": "v"},
     "crl": {"color": "#CC79A7", "marker": "P"},
 }
+
+
+def arm_style(arms: Sequence[str], arm: str) -> Style:
+    """Colour and marker of an arm; variants of a method from dark to light in their order."""
+    if arm in _STYLES:
+        return _STYLES[arm]
+    method = arm.split()[0]
+    variants = [name for name in arms if name.split()[0] == method]
+    shade = variants.index(arm) / max(len(variants) - 1, 1)
+    return {"color": to_hex(colormaps["viridis"](0.9 * shade)), "marker": _STYLES[method]["marker"]}
+
+
 COSTS = {"updates": "updates", "seconds": "training time of all seeds (s)"}
 CELL = 4.0
 
@@ -75,14 +89,15 @@ def success_figure(run: Comparison) -> Figure:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(plots.EngFormatter(sep=""))
     figure.axes[0].set_ylabel("success (%)")
-    plots.arm_legend(figure, {arm: _STYLES[arm] for arm in plots.present(run)})
+    arms = plots.present(run)
+    plots.arm_legend(figure, {arm: arm_style(arms, arm) for arm in arms})
     return figure
 
 
 def draw_success(axes: Axes, run: Comparison, arm: str, cost: str) -> None:
     """One arm's line, and its 95 % interval."""
     lines = curve(run.of(arm), cost, "success")
-    x, style = lines[:, 0].mean(0), _STYLES[arm]
+    x, style = lines[:, 0].mean(0), arm_style(plots.present(run), arm)
     estimates = [mean_interval(100 * values) for values in lines[:, 1].T]
     axes.plot(x, [e.mean for e in estimates], ms=4, **style)
     low, high = ([getattr(e, end) for e in estimates] for end in ("low", "high"))
@@ -117,7 +132,7 @@ def _grid(walks: Mapping[str, Walks]) -> tuple[Figure, np.ndarray]:
     for task, axes in enumerate(grid[0]):
         axes.set_title(f"task {task + 1}")
     for line, (arm, each) in zip(grid, walks.items(), strict=True):
-        line[0].set_ylabel(arm, color=_STYLES[arm]["color"])
+        line[0].set_ylabel(arm, color=arm_style(list(walks), arm)["color"])
         for task, axes in enumerate(line):
             draw_maze(axes, each.walls)
             axes.plot(*each.goal[task], "*", ms=11, color="#E69F00", mec="black", mew=0.5, zorder=4)
@@ -128,11 +143,12 @@ def walks_figure(walks: Mapping[str, Walks]) -> Figure:
     """Every arm's attempt at every task."""
     figure, grid = _grid(walks)
     for line, (arm, each) in zip(grid, walks.items(), strict=True):
+        colour = arm_style(list(walks), arm)["color"]
         for task, axes in enumerate(line):
             walk = each.position[: each.reached[task] + 2, task]
-            axes.plot(*walk.T, lw=1, color=_STYLES[arm]["color"])
+            axes.plot(*walk.T, lw=1, color=colour)
             axes.plot(*walk[0], "o", ms=4, color="black", zorder=5)
-            axes.plot(*walk[-1], "s", ms=4, color=_STYLES[arm]["color"], zorder=5)
+            axes.plot(*walk[-1], "s", ms=4, color=colour, zorder=5)
     return figure
 
 

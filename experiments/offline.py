@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import offline_data, ogbench_settings, seed_axis
+from experiments import offline_data, ogbench_settings, seed_axis, sweep
 from experiments.offline_report import last_evaluations
 from experiments.ogbench_settings import METHODS, TASKS
 from experiments.real_envs import RealEnvironments as Real
@@ -59,6 +59,7 @@ class Experiment:
     qrl: QRL = QRL()
     crl: CRL = CRL()
     hiql: HIQL = HIQL()
+    sweep: tuple[str, ...] = ()  # numbers side by side, as low_alpha=1,3 expectile=0.7,0.9
     updates: int = 1_000_000
     at_once: int = 1000  # updates in a dispatch, and in a row of metrics
     evaluate_every: int = 100_000  # updates
@@ -85,8 +86,22 @@ class Experiment:
                     f"{name} = {getattr(self, name)}: must be a multiple of at_once = "
                     f"{self.at_once}, the updates in a dispatch"
                 )
+        for arm in self.arms:
+            sweep.variants(self.sweep, getattr(self, arm), arm)  # or say what is wrong
         if self.data_episodes < 0:
             raise UserError(f"data_episodes = {self.data_episodes}: must not be negative")
+
+
+class Row(NamedTuple):
+    """One of the learners that are trained as one program.
+
+    arm: its name among the results, with the numbers that are varied. seed: of its own.
+    """
+
+    arm: str
+    numbers: Mapping[str, float]
+    seed: int
+    directory: Path
 
 
 class Lab(NamedTuple):
@@ -105,11 +120,17 @@ class Lab(NamedTuple):
 def check(config: Experiment, seeds: int) -> None:
     """Raises UserError for what is wrong with a run of so many seeds; nothing is written yet."""
     ogbench_settings.split(config.task)
-    mesh = seed_axis.make_mesh(config.mesh, seeds)
+    mesh = seed_axis.make_mesh(config.mesh, seeds * settings_of(config))
     for arm in config.arms:
         meshes.check_divisible(f"{arm}.batch", getattr(config, arm).batch, mesh)
     if config.real or not offline_data.in_maze(config.task):
         ogbench_play.require_packages(f"the environment of {config.task}")
+
+
+def settings_of(config: Experiment) -> int:
+    """How many variants each arm has."""
+    arm = config.arms[0]
+    return len(sweep.variants(config.sweep, getattr(config, arm), arm))
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -117,7 +138,7 @@ def check(config: Experiment, seeds: int) -> None:
 
 def make_lab(config: Experiment, seeds: int) -> Lab:
     """The lab of a run of so many seeds; makes the data where they are not stored."""
-    mesh = seed_axis.make_mesh(config.mesh, seeds)
+    mesh = seed_axis.make_mesh(config.mesh, seeds * settings_of(config))
     arrays, provenance = offline_data.read(
         config.task, config.data, config.data_episodes, config.data_seed
     )
@@ -150,20 +171,25 @@ def make_training(
     seeds: Sequence[int],
     updates: int,
     rows: jax.sharding.NamedSharding | None = None,
+    numbers: Mapping[str, np.ndarray] = types.MappingProxyType({}),
 ) -> Callable[[TrainState, Trajectories, Array], tuple[TrainState, dict[str, Array]]]:
     """So many updates of every seed as one program; metrics `[S]` are means over them.
 
     A seed learns the same whichever others there are. The state is donated.
-    rows: how batches lie on a mesh.
+    rows: how batches lie on a mesh. numbers: of the settings `[S]`, where seeds differ in them.
     """
 
-    def learn(state: TrainState, data: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
+    def learn(
+        state: TrainState, data: Any, key: Array, own: Mapping[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        settings = sweep.traced(config, own)
+
         def update(state: TrainState, i: Array) -> tuple[TrainState, dict[str, Array]]:
             sample_key, update_key = jax.random.split(jax.random.fold_in(key, i))
-            batch = goals.sample(data, config.goals, sample_key, config.batch)
+            batch = goals.sample(data, settings.goals, sample_key, config.batch)
             if rows is not None:
                 batch = jax.lax.with_sharding_constraint(batch, rows)
-            return method.update(config, state, batch, update_key)
+            return method.update(settings, state, batch, update_key)
 
         state, log = jax.lax.scan(update, state, jnp.arange(updates))
         return state, {name: values.mean() for name, values in log.items()}
@@ -173,8 +199,8 @@ def make_training(
     ) -> tuple[TrainState, dict[str, Array]]:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(seeds))
         step = state.step + 1
-        many = jax.vmap(learn, in_axes=(seed_axis.OF, None, 0), out_axes=(seed_axis.OF, 0))
-        state, log = many(state, data, keys)
+        many = jax.vmap(learn, in_axes=(seed_axis.OF, None, 0, 0), out_axes=(seed_axis.OF, 0))
+        state, log = many(state, data, keys, jax.tree.map(jnp.asarray, dict(numbers)))
         return state._replace(step=step), log
 
     return jax.jit(dispatch, donate_argnums=0)
@@ -269,20 +295,21 @@ def train_arm(
     lab: Lab,
     config: Experiment,
     arm: str,
-    directories: Mapping[int, Path],
+    learners: Sequence[Row],
     real: Real | None,
     *,
     resume: bool,
 ) -> None:
-    """Trains one arm with all seeds, each of which leaves its numbers in its own folder.
+    """Trains one arm, each of whose learners leaves its numbers in its own folder.
 
-    directories: of the arm, by seed. The checkpoints lie in the first one.
+    The checkpoints lie in the first one's.
     """
-    method, own, seeds = METHODS[arm], getattr(config, arm), list(directories)
+    method, own, seeds = METHODS[arm], getattr(config, arm), [row.seed for row in learners]
     state = start_state(method, own, lab.data, seeds)
     state, rows = seed_axis.spread(state, len(seeds), lab.mesh)
     key = distributed.put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
-    step = make_training(method, own, seeds, config.at_once, rows)
+    numbers = sweep.stacked([row.numbers for row in learners])
+    step = make_training(method, own, seeds, config.at_once, rows, numbers)
     evaluation = make_evaluation(lab, config, arm, seeds, real)
 
     def measure(state: TrainState, step: int) -> dict[str, Any]:
@@ -297,7 +324,7 @@ def train_arm(
         key,
         config,
         arm,
-        directories,
+        {i: row.directory for i, row in enumerate(learners)},
         Hook(config.evaluate_every // config.at_once, measure),
         steps=config.updates // config.at_once,
         save_every=config.save_every // config.at_once,
@@ -305,7 +332,7 @@ def train_arm(
         shown="mean_success",
         resume=resume,
     )
-    finish_arm(lab, config, arm, state, directories, real)
+    finish_arm(lab, config, arm, state, learners, real)
 
 
 def finish_arm(
@@ -313,23 +340,24 @@ def finish_arm(
     config: Experiment,
     arm: str,
     state: TrainState,
-    directories: Mapping[int, Path],
+    learners: Sequence[Row],
     real: Real | None,
 ) -> None:
-    """Every seed's `result.json`, and the walks of the first seed for the pictures."""
+    """Every learner's `result.json`, and the walks of each variant's first for the pictures."""
     extra: dict[str, Any] = {}
     if config.real and lab.maze is not None:
-        found = attempt_really(config, arm, list(directories), real, state.params)
+        found = attempt_really(config, arm, [row.seed for row in learners], real, state.params)
         extra = rates(found, "real_success")
-    for i, (seed, directory) in enumerate(directories.items()):
-        rows = sinks.read_json_lines(directory / "metrics.jsonl")
+    for i, row in enumerate(learners):
+        rows = sinks.read_json_lines(row.directory / "metrics.jsonl")
         result = {name: value for name, value in rows[-1].items() if name != "step"}
         result |= {name: float(values[i]) for name, values in extra.items()}
         result["success_last3"] = last_evaluations(rows, "success")
-        sinks.write_json(directory / "result.json", {"arm": arm, "seed": seed, **result})
-    if lab.maze is not None:
-        params = jax.tree.map(lambda leaf: leaf[0], state.params)
-        save_walks(lab, config, arm, params, next(iter(directories.values())))
+        about = {"arm": row.arm, "seed": row.seed, **row.numbers}
+        sinks.write_json(row.directory / "result.json", {**about, **result})
+        if lab.maze is not None and row.seed == learners[0].seed:
+            params = jax.tree.map(lambda leaf, i=i: leaf[i], state.params)
+            save_walks(lab, config, arm, params, row.directory)
 
 
 def save_walks(lab: Lab, config: Experiment, arm: str, params: Params, directory: Path) -> None:
@@ -378,9 +406,16 @@ def run_arms(
     lab: Lab, config: Experiment, directories: Mapping[int, Path], *, resume: bool
 ) -> None:
     """All arms, then each seed's `result.json` with "ARM/NUMBER" keys."""
+    names: list[str] = []
     with open_real(config) as real:
         for arm in config.arms:
-            own = {seed: directory / arm for seed, directory in directories.items()}
-            train_arm(lab, config, arm, own, real, resume=resume)
+            found = sweep.variants(config.sweep, getattr(config, arm), arm)
+            learners = [
+                Row(name, numbers, seed, directory / name)
+                for name, numbers in found.items()
+                for seed, directory in directories.items()
+            ]
+            train_arm(lab, config, arm, learners, real, resume=resume)
+            names += found
     data = {f"data/{name}": str(value) for name, value in lab.provenance.items()}
-    seed_axis.gather(directories, config.arms, data)
+    seed_axis.gather(directories, names, data)

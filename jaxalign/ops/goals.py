@@ -124,9 +124,9 @@ def sample(data: Data, goals: Goals, key: Array, size: int) -> Batch:
     )
 
 
-def geometric(uniform: Array, discount: float) -> Array:
+def geometric(uniform: Array, discount: float | Array) -> Array:
     """Steps `i32` >= 1 with success probability 1 - discount, from numbers uniform in [0, 1)."""
-    return jnp.floor(jnp.log1p(-uniform) / math.log(discount)).astype(jnp.int32) + 1
+    return jnp.floor(jnp.log1p(-uniform) / jnp.log(discount)).astype(jnp.int32) + 1
 
 
 def uniform_future(uniform: Array, i: Array, end: Array) -> Array:

@@ -19,6 +19,7 @@ from experiments import (
     ogbench_settings,
     report,
     seed_axis,
+    sweep,
 )
 from jaxalign.core import mesh as meshes
 from jaxalign.core.types import UserError
@@ -126,6 +127,59 @@ def test_a_seed_does_not_hang_on_the_others_nor_on_devices(lab):
         several.params,
         alone.params,
     )
+
+
+@pytest.mark.parametrize("arm", ["hiql", "qrl"])
+def test_numbers_side_by_side_are_those_alone(lab, arm):
+    """Two rates, weights and discounts as one program, and each as settings of its own."""
+    method, own = ogbench_settings.METHODS[arm], getattr(TINY, arm)
+    words = ["learning_rate=1e-3,3e-3", "goals.discount=0.9"]
+    if arm == "hiql":
+        words += ["low_alpha=0.5", "expectile=0.9"]
+    variants = list(sweep.variants(words, own, arm).values())
+
+    def run(config, rows, numbers):
+        state = offline.start_state(method, config, lab.data, [5] * rows)
+        step = offline.make_training(method, config, [5] * rows, 3, None, numbers)
+        return step(state, lab.data, jax.random.key(1))[0].params
+
+    both = run(own, 2, sweep.stacked(variants))
+    for i, numbers in enumerate(variants):
+        alone = run(sweep.checked(own, numbers), 1, {})
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b[0], rtol=1e-4, atol=1e-5),
+            both,
+            alone,
+        )
+    first, second = (jax.tree.leaves(jax.tree.map(lambda a, i=i: a[i], both))[0] for i in (0, 1))
+    assert not np.allclose(first, second, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("batch=3,4", "batch is no number of hiql"),
+        ("low_alpha", "give numbers, as in low_alpha=1,3,10"),
+        ("low_alpha=1,x", "give numbers"),
+        ("expectile=0.5,1.5", "expectile = 1.5"),
+        ("goals.discount=2", "discount = 2"),
+    ],
+)
+def test_a_sweep_of_what_is_no_number(word, said):
+    with pytest.raises(UserError, match=said):
+        dataclasses.replace(TINY, sweep=(word,))
+
+
+def test_a_sweep_leaves_a_folder_for_each_variant(lab, tmp_path):
+    config = dataclasses.replace(
+        TINY, arms=("gcbc",), sweep=("learning-rate=1e-4,1e-3",), updates=10, evaluate_every=10
+    )
+    offline.run_arms(lab, config, {3: tmp_path}, resume=False)
+    result = json.loads((tmp_path / "result.json").read_text())
+    for rate in (0.0001, 0.001):
+        assert f"gcbc learning_rate={rate}/success" in result
+        assert result[f"gcbc learning_rate={rate}/learning_rate"] == rate
+        assert (tmp_path / f"gcbc learning_rate={rate}" / "walks.npz").exists()
 
 
 def test_goals_of_a_batch_lie_in_their_data(lab):
