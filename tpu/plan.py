@@ -1,7 +1,7 @@
 """What a run needs of a TPU slice, known before it is rented: memory, time at best, and its price.
 
     python -m tpu.plan NAME PRESET [--field value ...] [--mesh data=-1,fsdp=8] [--seeds N] \\
-        --topology v5litepod-256[,v5p-128,...] [--save tpu/plans]
+        --topology v5litepod-256[,v5p-128,...] [--save tpu/plans] [--layers 2,4]
     python -m tpu.plan --table            rebuilds tpu/PLANS.md from tpu/plans/*.json
 
 NAME, PRESET and fields are those of `python -m experiments.NAME`. The programs that the run would
@@ -9,6 +9,9 @@ compile (`tpu.programs`) are compiled for the slice by libtpu's compiler, which 
 installs and which needs no TPU. Printed for each chip are the bytes of what the run keeps, the
 compiler's own peak of memory, operations, bytes through HBM and through the interconnect, and the
 time that the slowest of the three needs at least: no step is faster, real ones are slower.
+
+A language model's layers are all alike, and 32 of them take the compiler half an hour: `--layers
+2,4` compiles it with two and with four, and extends the line through both to the model's own depth.
 
 Exit codes: 0 the run fits one of the slices, 1 it fits none (one line each says by how much), 2 the
 user can mend it. Without the compiler shapes alone are added up, and the plan says so: what a
@@ -30,7 +33,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -39,6 +42,7 @@ from jaxalign.core import cost
 from jaxalign.core import mesh as meshes
 from jaxalign.core.types import UserError
 from tpu import compiled, plan_table
+from tpu import programs as programs_of
 from tpu.programs import PROGRAMS, Program, bytes_a_device
 from tpu.topologies import Topology, find
 
@@ -65,18 +69,30 @@ def has_compiler() -> bool:
 # --- one slice ------------------------------------------------------------------------------------
 
 
-def make(run: cli.Run, topology: Topology, *, compiling: bool = True) -> Plan:
+def make(
+    run: cli.Run,
+    topology: Topology,
+    *,
+    compiling: bool = True,
+    layers: tuple[int, int] | None = None,
+) -> Plan:
     """The plan of a run on a slice, as what JSON can hold.
 
     compiling: with the TPU's compiler; else from shapes, over devices that this process has.
+    layers: two depths to compile at, of a language model.
     Raises: UserError where the mesh does not fit the slice.
     """
     devices = slice_devices(topology) if compiling else jax.devices()[: topology.devices]
     mesh = meshes.make_mesh(meshes.parse_mesh(run.config.mesh), devices)
-    programs = PROGRAMS[run.name](run.config, run.seeds, mesh)
     # Plans are of chips; where a chip is two devices, each has half of it.
     share = topology.devices // topology.chips
-    found = [_program(each, topology, share, compiling) for each in programs]
+    if layers:
+        found = _extended(run, mesh, topology, share, compiling, layers)
+    else:
+        programs = PROGRAMS[run.name](run.config, run.seeds, mesh)
+        found = [_program(each, topology, share, compiling) for each in programs]
+    for each in found:
+        _judge(each, topology, share)
     plan: Plan = {
         "name": run.name,
         "preset": run.preset,
@@ -86,6 +102,7 @@ def make(run: cli.Run, topology: Topology, *, compiling: bool = True) -> Plan:
         "chips": topology.chips,
         "mesh": dict(mesh.shape),
         "compiled": compiling,
+        "layers": layers,
         "available": topology.available_bytes,
         "programs": found,
         "refused": next((each["refused"] for each in found if each["refused"]), None),
@@ -99,6 +116,37 @@ def make(run: cli.Run, topology: Topology, *, compiling: bool = True) -> Plan:
         price = PRICES.get(topology.generation)
         plan["price"] = price and price * topology.chips
     return plan
+
+
+def _extended(
+    run: cli.Run,
+    mesh: jax.sharding.Mesh,
+    topology: Topology,
+    share: int,
+    compiling: bool,
+    layers: tuple[int, int],
+) -> list[Plan]:
+    """The programs at the model's own depth, on the line through two small ones."""
+    depth = programs_of.language_sizes(run.config).depth
+    few, more = (
+        [
+            _program(each, topology, share, compiling)
+            for each in programs_of.r3hf(run.config, run.seeds, mesh, count)
+        ]
+        for count in layers
+    )
+    times = (depth - layers[0]) / (layers[1] - layers[0])
+    return [_line(a, b, times) for a, b in zip(few, more, strict=True)]
+
+
+def _line(a: Any, b: Any, times: float) -> Any:
+    """a + times * (b - a), number by number; what is no number must not differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        names = dict.fromkeys([*a, *b])
+        return {name: _line(a.get(name, 0), b.get(name, 0), times) for name in names}
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return a + times * (b - a)
+    return a or b
 
 
 def slice_devices(topology: Topology) -> Sequence[jax.Device]:
@@ -132,15 +180,17 @@ def _program(program: Program, topology: Topology, share: int, compiling: bool) 
     found["exchanged"] = program.exchanged and share * program.exchanged
     if compiling:
         found |= _compiled(program, topology, share)
-    beside = sum(found["beside"].values())
-    peak = found.get("peak", found["counted"]) + beside
+    return found
+
+
+def _judge(found: Plan, topology: Topology, share: int) -> None:
+    """Adds whether the program fits, and the least time that it takes."""
+    peak = found.get("peak", found["counted"]) + sum(found["beside"].values())
     if not found["refused"] and peak > share * topology.available_bytes:
-        found["refused"] = (
-            f"{program.name}: {_size(peak)} on a chip exceed its {_size(topology.available_bytes)}"
-        )
+        room = _size(share * topology.available_bytes)
+        found["refused"] = f"{found['name']}: {_size(peak)} on a chip exceed its {room}"
     if not found["refused"]:
         found["seconds"] = _seconds(found, topology)
-    return found
 
 
 def _compiled(program: Program, topology: Topology, share: int) -> Plan:
@@ -225,6 +275,8 @@ def describe(plan: Plan) -> str:
     ]
     if not plan["compiled"]:
         lines.append("  from shapes alone, as the TPU compiler is not installed (extra `tpu`)")
+    if plan["layers"]:
+        lines.append("  extended from depths {} and {}".format(*plan["layers"]))
     for each in plan["programs"]:
         lines += _program_lines(each)
     if plan["refused"]:
@@ -281,12 +333,21 @@ def cheapest(plans: Sequence[Plan]) -> str:
 # --- command line ---------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str]) -> tuple[cli.Run, list[Topology], Path | None]:
-    """The run, the slices, and the folder to save plans in.
+class Asked(NamedTuple):
+    """What a command line asks for. folder: to save plans in. layers: as in `make`."""
+
+    run: cli.Run
+    slices: list[Topology]
+    folder: Path | None
+    layers: tuple[int, int] | None
+
+
+def parse(argv: Sequence[str]) -> Asked:
+    """What is asked for.
 
     Raises: UserError for anything wrong, in one line.
     """
-    words, own = list(argv), {"--topology": "", "--save": ""}
+    words, own = list(argv), {"--topology": "", "--save": "", "--layers": ""}
     for flag in own:
         if flag in words:
             at = words.index(flag)
@@ -305,7 +366,20 @@ def parse(argv: Sequence[str]) -> tuple[cli.Run, list[Topology], Path | None]:
     module = importlib.import_module(f"experiments.{words[0]}")
     run = cli.parse(words[0], module.PRESETS, words[1], words[1:])
     slices = [find(name) for name in own["--topology"].split(",")]
-    return run, slices, Path(own["--save"]) if own["--save"] else None
+    folder = Path(own["--save"]) if own["--save"] else None
+    return Asked(run, slices, folder, _layers(run, own["--layers"]))
+
+
+def _layers(run: cli.Run, text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+),(\d+)", text)
+    if run.name != "r3hf" or not found or not 0 < int(found[1]) < int(found[2]):
+        raise UserError(
+            f"--layers {text}: give two depths of r3hf's language model, the smaller one first, "
+            "such as 2,4"
+        )
+    return int(found[1]), int(found[2])
 
 
 def _slug(command: str) -> str:
@@ -328,11 +402,11 @@ def main(argv: Sequence[str]) -> int:
     if list(argv) == ["--table"]:
         print(plan_table.build())
         return FITS
-    run, slices, folder = parse(argv)
+    run, slices, folder, layers = parse(argv)
     prepare(slices, compiling=has_compiler())
     plans = []
     for topology in slices:
-        plan = make(run, topology, compiling=has_compiler())
+        plan = make(run, topology, compiling=has_compiler(), layers=layers)
         plans.append(plan)
         print(describe(plan), flush=True)
         if folder:

@@ -7,6 +7,7 @@ knows how it is spread over the mesh. The mesh may be of devices that are not th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -203,23 +204,40 @@ LLAMA_8B = llama.Config(
 )
 
 
-def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
+def language_sizes(config: Any) -> llama.Config:
+    """Of the language model of a run of `r3hf`.
+
+    Raises: UserError for one that is no Llama or Qwen.
+    """
+    from jaxalign.models import folders
+
+    path = config.source.model
+    sizes = folders.read_config(path) if path else LLAMA_8B
+    if not isinstance(sizes, llama.Config):
+        raise UserError(f"source.model {path}: plans are for models like Llama; give one")
+    return sizes
+
+
+def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh, depth: int | None = None) -> list[Program]:
     """PPO of the first arm: sampling with scores, and the learning from them.
 
     The model is that of `--source.model`, Llama 3.1 8B where none is named; its products are in
     bfloat16 and its blocks are computed again backwards. All parameters, those of the reward model
     too, lie by their rules.
+
+    depth: of all the models, in the place of their own.
     """
     del seeds  # one after the other
     from experiments import language, problems
     from jaxalign.data.preferences import Prompts
-    from jaxalign.models import folders
     from jaxalign.models.scalar_head import with_scalar_head
 
     source, r3 = config.source, language.arm_config(config, config.arms[0])
-    sizes = folders.read_config(source.model) if source.model else LLAMA_8B
-    if source.name not in problems.REAL or not isinstance(sizes, llama.Config):
-        raise UserError("plans are for real sets (nectar, tldr, saferlhf) and models like Llama")
+    sizes = language_sizes(config)
+    if source.name not in problems.REAL:
+        raise UserError(f"source {source.name}: plans are for real sets, nectar, tldr or saferlhf")
+    if depth:
+        sizes = dataclasses.replace(sizes, depth=depth)
     model = llama.llama(sizes, jnp.bfloat16, remat=True)
     scalar, everywhere, rows = (
         with_scalar_head(model),
@@ -331,22 +349,27 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
     """Stable Diffusion under the first arm's settings: a chunk of the rollout, and the update.
 
     `--model` is empty or sd14 for Stable Diffusion 1.4, sdxl, or a folder's. The reward is
-    CLIPScore by ViT-H/14, the stage the last one, whose suffix is the longest; of its pairs those
-    that the estimator can keep are trained on.
+    CLIPScore by ViT-H/14, or by the model of `--rewards.clip`; the stage is the last one, whose
+    suffix is the longest; of its pairs those that the estimator can keep are trained on.
     """
     del seeds  # one after the other
     from experiments import stable_diffusion
-    from jaxalign.models import diffusers_folders
+    from jaxalign.models import clip_folders, diffusers_folders
     from jaxalign.models.stable_diffusion import LORA_RULE
     from jaxalign.ops import diffusion
     from jaxalign.rewards.clip_score import clip_score
 
     if not isinstance(config, stable_diffusion.Experiment):
         raise UserError("plans are for Stable Diffusion's presets; give one of those, as sd14-ddpo")
-    sizes = PIPELINES.get(config.model) or diffusers_folders.read_unet_config(config.model)
     dtype, rows = jnp.dtype(config.dtype), meshes.batch_sharding(mesh)
-    net, coder = unet.unet(sizes, dtype, remat=True), vae.autoencoder(VAE, dtype)
-    tower = clip.vision(CLIP_H, clip.Normalisation(), dtype)
+    if config.model in PIPELINES:
+        sizes, coding = PIPELINES[config.model], VAE
+    else:
+        sizes = diffusers_folders.read_unet_config(config.model)
+        coding = diffusers_folders.read_vae_config(config.model)
+    eyes = clip_folders.describe(config.rewards.clip).vision if config.rewards.clip else CLIP_H
+    net, coder = unet.unet(sizes, dtype, remat=True), vae.autoencoder(coding, dtype)
+    tower = clip.vision(eyes, clip.Normalisation(), dtype)
     b2 = stable_diffusion.method_of(config, config.arms[0], mesh)
     chunks = stable_diffusion.chunks_of(config, b2, mesh)
     shape = stable_diffusion.latent_shape(config, sizes.size, sizes.channels_in, coder.shrink)
@@ -364,7 +387,7 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
     sampler = jax.eval_shape(lambda: diffusion.ddim_sampler(alphas, b2.steps, eta=b2.eta))
     context = _conditions(sizes, count)
     null = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), context)
-    target = jax.ShapeDtypeStruct((count, CLIP_H.projected), jnp.float32)
+    target = jax.ShapeDtypeStruct((count, eyes.projected), jnp.float32)
     known = spread((sampler, context, null, target), everywhere)
     scorer = by(clip.RULES, jax.eval_shape(tower.init, key))
     decoder = by(vae.RULES, jax.eval_shape(coder.init, key))

@@ -97,6 +97,15 @@ def test_ppo_spreads_its_models_and_its_cache(monkeypatch, uncounted):
     assert rollout["within"]["cache"] == 2 * 2 * (2 * 8) * 2 * 16 * 12
 
 
+def test_two_depths_are_extended_to_the_models_own(monkeypatch, uncounted):
+    monkeypatch.setattr(programs, "LLAMA_8B", dataclasses.replace(TINY_LLAMA, depth=7))
+    words = "nectar --mesh fsdp=-1 --rl.micro-batches 1 --source.prompt 8 --source.response 4"
+    run = run_of("r3hf", *words.split(), "--source.pairs", "64")
+    whole = plan.make(run, SLICE, compiling=False)
+    extended = plan.make(run, SLICE, compiling=False, layers=(1, 3))
+    assert extended["programs"] == whole["programs"] and extended["seconds"] == whole["seconds"]
+
+
 TINY_UNET = dataclasses.replace(
     programs.SD14, size=16, widths=(32, 32), depth=(1, 0), heads=(2, 2), layers=1, context=16
 )
@@ -150,6 +159,8 @@ def test_what_does_not_fit_is_refused_with_exit_code_1(monkeypatch, capsys, unco
         ("metra tiny --topology", "--topology: a value is missing"),
         ("metra tiny --topology v5e-8", "'v5e-8' is not known"),
         ("metra tinny --topology v4-8", "did you mean tiny"),
+        ("metra tiny --topology v4-8 --layers 2,4", "two depths of r3hf's"),
+        ("r3hf nectar --topology v4-8 --layers 4,2", "the smaller one first"),
     ],
 )
 def test_mistakes_are_named(words, complaint):
