@@ -6,6 +6,7 @@
     hiql, attempts            offline goal-conditioned learning and its judging, in `bench_hiql`
     metra                     skills: episodes, buffer and gradient steps, in `bench_metra`
     starc, val                distances between rewards, and regret, in `bench_starc`
+    sd, sd-rollout, sd-update Stable Diffusion's U-Net against diffusers, in `bench_sd`
 
 Here the compiled program at the size of the `sprites` preset is timed against the same algorithm as
 Python loops over compiled single steps (`bench_loops`) and, where torch is installed, against the
@@ -40,7 +41,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import bench_decode, bench_hiql, bench_metra, bench_rlhf, bench_starc, cli
+from experiments import (
+    bench_decode,
+    bench_hiql,
+    bench_metra,
+    bench_rlhf,
+    bench_sd,
+    bench_starc,
+    cli,
+)
 from experiments.b2_diffurl import sprites
 from experiments.bench_loops import Batched, Loop, Pieces, Released
 from experiments.measuring import (
@@ -121,6 +130,7 @@ CASES = {
     **bench_hiql.CASES,
     **bench_metra.CASES,
     **bench_starc.CASES,
+    **bench_sd.CASES,
 }
 
 
@@ -430,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.use_all_cores()
         # A program out of the cache would show no compile time.
         jax.config.update("jax_enable_compilation_cache", False)
-        parts = (bench_decode, bench_rlhf, bench_hiql, bench_metra, bench_starc)
+        parts = (bench_decode, bench_rlhf, bench_hiql, bench_metra, bench_starc, bench_sd)
         others = {part.Bench: part.run for part in parts}
         others.get(type(asked.config), run)(asked.config)
 

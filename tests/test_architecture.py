@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "experiments/skill_plots.py": "matplotlib",
     "experiments/bench_torch.py": "torch",
     "experiments/bench_rlhf_torch.py": "torch",
+    "experiments/bench_sd_torch.py": "torch",
 }
 
 MODULE_LINES, FUNCTION_LINES = 450, 60
