@@ -36,7 +36,7 @@ def describe(config: Experiment) -> str:
         "on each device:",
     ]
     lines += [f"  {name:14} {in_words(bytes_a_device(tree))}" for name, tree in held.items()]
-    trajectories = programs[0].beside | programs[0].within
+    trajectories = {**programs[0].beside, **programs[0].within}
     lines += [
         f"  {name:14} {in_words(bytes_a_device(tree))}"
         for name, tree in trajectories.items()

@@ -121,11 +121,11 @@ def evaluate(config: Evaluation, sampling: Experiment, directory: Path) -> dict[
     key = distributed.put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
     lists = stable_diffusion.chosen_rows(lab, config.most_prompts)
     models = models_of(config, lab)
+    draw = stable_diffusion.make_drawing(lab, sampling, sampling.b2, config.pictures)
     with lab.rewards.host or contextlib.nullcontext():
         for name, rows in lists.items():
-            draw = stable_diffusion.make_drawing(lab, sampling, sampling.b2, rows, config.pictures)
             for model, params in models.items():
-                seen = distributed.fetch(draw(params, key))
+                seen = distributed.fetch(draw(params, rows, key))
                 images = seen.images.reshape(len(rows), config.pictures, *seen.images.shape[1:])
                 reward = seen.reward.reshape(len(rows), config.pictures).mean(1)
                 prefix = f"{name}/{model}"

@@ -50,9 +50,9 @@ VAE = {
     "in_channels": 3,
     "out_channels": 3,
     "latent_channels": 4,
-    "block_out_channels": [8, 16, 16],
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "scaling_factor": 0.18215,
@@ -75,7 +75,7 @@ PROCESSOR = {
 
 
 def write_pipeline(path: Path, seed: int) -> Path:
-    """A pipeline of Stable Diffusion's kind: pictures of 32 x 32, latents of 8 x 8; returns `path`.
+    """A pipeline of Stable Diffusion's kind: pictures of 16 x 16, latents of 8 x 8; returns `path`.
 
     seed: of the weights.
     """
@@ -115,7 +115,7 @@ def write_clip(path: Path, seed: int) -> Path:
         "model_type": "clip_vision_model",
         "hidden_size": 16,
         "intermediate_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "image_size": 16,
         "patch_size": 4,
@@ -159,7 +159,7 @@ def _text_config(vocabulary: int) -> dict[str, Any]:
         "vocab_size": vocabulary,
         "hidden_size": 16,
         "intermediate_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "max_position_embeddings": CONTEXT,
         "hidden_act": "quick_gelu",

@@ -37,7 +37,7 @@ from jaxalign.data.image_prompts import Split
 from jaxalign.data.world import read_prompt_file
 from jaxalign.methods import b2_diffurl
 from jaxalign.models import diffusers_export, lora_files, stable_diffusion, unet
-from jaxalign.models.stable_diffusion import LORA_RULE, StableDiffusion
+from jaxalign.models.stable_diffusion import StableDiffusion
 from jaxalign.ops import diffusion, diversity
 from jaxalign.ops.chunks import map_chunks
 from jaxalign.rewards.host import to_uint8
@@ -222,7 +222,7 @@ def make_decode(lab: Lab, config: Experiment) -> b2_diffurl.Decode:
 def init_state(lab: Lab, config: Experiment, b2: b2_diffurl.Config) -> TrainState:
     """The state before the first stage, each parameter where its rule says."""
     base, prompts = lab.model.params["unet"], len(lab.prompts.train)
-    make = functools.partial(b2_diffurl.init, b2, prompts=prompts, lora_rule=LORA_RULE)
+    make = functools.partial(b2_diffurl.init, b2, prompts=prompts, lora_rule=lora_files.RULE)
     key = distributed.put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
     abstract = jax.eval_shape(lambda base, key: make(base, key=key), base, key)
     where = meshes.shardings(abstract, lab.mesh, unet.RULES)
@@ -257,13 +257,11 @@ class Drawn(NamedTuple):
 
 
 def make_drawing(
-    lab: Lab, config: Experiment, b2: b2_diffurl.Config, rows: Sequence[int], pictures: int
-) -> Callable[[Params, Array], Drawn]:
-    """`(params of the U-Net, key) -> Drawn` for the prompts of these rows; a key, a noise."""
-    task, decode = make_task(lab, b2, rows), make_decode(lab, config)
+    lab: Lab, config: Experiment, b2: b2_diffurl.Config, pictures: int
+) -> Callable[[Params, Sequence[int], Array], Drawn]:
+    """`(params of the U-Net, prompts by number, key) -> Drawn`; of a key always the same noise."""
+    decode, score = make_decode(lab, config), make_score(lab)
     predict = guided(lab.model.unet.apply, b2.guidance)
-    prompt = np.repeat(np.arange(len(rows)), pictures)
-    numbers = distributed.put(prompt, meshes.replicated(lab.mesh))
     chunk = config.groups_per_device * b2.leaves * devices_of(lab.mesh)
 
     @jax.jit
@@ -280,12 +278,12 @@ def make_drawing(
         latents = map_chunks(some, numbered, chunk)
         return latents, decode(task.decoder, latents)
 
-    score = make_score(lab)
-
-    def run(params: Params, key: Array) -> Drawn:
-        latents, images = draw(params, task, numbers, key)
-        batch = {"prompt": jnp.asarray(np.asarray(rows)[prompt])}
-        batch["target"] = jax.tree.map(lambda a: a[prompt], task.target)
+    def run(params: Params, rows: Sequence[int], key: Array) -> Drawn:
+        task, prompt = make_task(lab, b2, rows), np.repeat(np.arange(len(rows)), pictures)
+        everywhere = meshes.replicated(lab.mesh)
+        latents, images = draw(params, task, distributed.put(prompt, everywhere), key)
+        number = distributed.put(np.repeat(np.asarray(rows), pictures), everywhere)
+        batch = {"prompt": number, "target": jax.tree.map(lambda a: a[prompt], task.target)}
         return Drawn(latents, images, score(images, batch, task.reward))
 
     return run
@@ -322,21 +320,17 @@ def train_arm(
     task, state = make_task(lab, b2), init_state(lab, config, b2)
     stage = make_stage(lab, config, b2)
     lists = chosen_rows(lab, config.evaluate_prompts)
-    drawings = {
-        name: make_drawing(lab, config, b2, rows, config.pictures) for name, rows in lists.items()
-    }
+    draw = make_drawing(lab, config, b2, config.pictures)
     everywhere = meshes.replicated(lab.mesh)
     noise = distributed.put(jax.random.key(10_000 + config.seed), everywhere)
     merge = jax.jit(lambda state: b2_diffurl.policy_params(state, b2))
 
     def measure(state: TrainState, step: int) -> dict[str, Array]:
         params, numbers, drawn = merge(state), {}, {}
-        for name, draw in drawings.items():
-            drawn[name] = draw(params, noise)
-            by_prompt = drawn[name].images.reshape(
-                -1, config.pictures, *drawn[name].images.shape[1:]
-            )
-            numbers[f"{name}/reward"] = drawn[name].reward.mean()
+        for name, rows in lists.items():
+            drawn[name] = seen = draw(params, rows, noise)
+            by_prompt = seen.images.reshape(-1, config.pictures, *seen.images.shape[1:])
+            numbers[f"{name}/reward"] = seen.reward.mean()
             numbers[f"{name}/distance"] = diversity.pairwise_distance(by_prompt).mean()
         if step in (0, b2.stages):
             when = "before" if step == 0 else "after"

@@ -30,7 +30,10 @@ def _cache_directory(tmp_path_factory: pytest.TempPathFactory):
         cache = cache.parent
     patch = pytest.MonkeyPatch()
     patch.setenv("JAXALIGN_CACHE", str(cache / "jaxalign-cache"))
+    # As runs do; and so a program that several tests compile is compiled once.
+    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxalign-cache" / "compiled"))
     yield
+    jax.config.update("jax_compilation_cache_dir", None)
     patch.undo()
 
 

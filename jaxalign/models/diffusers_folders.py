@@ -68,6 +68,11 @@ def read_unet_config(path: Path | str) -> unet.Config:
     return unet.from_hub(_values(resolve(path) / "unet"))
 
 
+def read_vae_config(path: Path | str) -> vae.Config:
+    """The sizes in vae/config.json of a pipeline's folder."""
+    return vae.from_hub(_values(resolve(path) / "vae"))
+
+
 def load_unet(
     path: Path | str,
     dtype: DTypeLike = jnp.float32,
