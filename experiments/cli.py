@@ -28,7 +28,7 @@ import jax
 import tyro
 from etils import epath
 
-from jaxalign.core import distributed, places
+from jaxalign.core import distributed, places, profile
 from jaxalign.core.checkpoint import cache_directory
 from jaxalign.core.loop import Preempted
 from jaxalign.core.metrics import disk_full, environment, plain, write_json
@@ -47,6 +47,7 @@ class Run:
     workdir: of this run, a local folder once it runs; with several seeds the directory that holds
         one for each.
     command: the command line itself, without --resume.
+    profile: steps to record once all is compiled, into `profile/` of the workdir; 0 for none.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Run:
     resume: bool
     seeds: list[int]
     command: str
+    profile: int = 0
 
 
 # --- parsing -------------------------------------------------------------------------------------
@@ -82,6 +84,8 @@ def parse(name: str, presets: Presets, default: str, argv: Sequence[str] | None 
     usual = Path("runs") / f"{name}-{preset}-{seed}"
     if chosen.seeds < 1:
         raise UserError(f"--seeds {chosen.seeds}: must be at least 1")
+    if chosen.profile < 0:
+        raise UserError(f"--profile {chosen.profile}: must not be negative; 0 records nothing")
     return Run(
         name=name,
         preset=preset,
@@ -89,6 +93,7 @@ def parse(name: str, presets: Presets, default: str, argv: Sequence[str] | None 
         workdir=_path(chosen.workdir) if chosen.workdir else usual,
         resume=chosen.resume,
         seeds=list(range(seed, seed + chosen.seeds)),
+        profile=chosen.profile,
         command=_command(name, [word for word in argv if word != "--resume"]),
     )
 
@@ -97,7 +102,7 @@ def _path(text: str) -> Path:
     return epath.Path(text)  # ty: ignore[invalid-explicit-return] (it is one; of a bucket it keeps //)
 
 
-_RUN_FLAGS = {"--workdir": str | None, "--resume": bool, "--seeds": int}
+_RUN_FLAGS = {"--workdir": str | None, "--resume": bool, "--seeds": int, "--profile": int}
 
 
 class _Flag(typing.NamedTuple):
@@ -136,6 +141,7 @@ def _options_class(config: Any) -> Any:
             ),
             ("resume", _described(bool, "go on with the run in the workdir", pair=False), False),
             ("seeds", _described(int, "how many seeds, from the config's seed upwards"), 1),
+            ("profile", _described(int, "steps to record, for `python -m tpu.profile`"), 0),
         ],
         frozen=True,
     )
@@ -350,8 +356,10 @@ def main(
         use_all_cores()
         keep_compiled_programs()
         distributed.start()
-        with _quiet_unless_main():
-            run(dataclasses.replace(asked, workdir=places.open_folder(asked.workdir)))
+        asked = dataclasses.replace(asked, workdir=places.open_folder(asked.workdir))
+        steps = asked.profile if distributed.is_main() else 0
+        with _quiet_unless_main(), profile.asking(asked.workdir / profile.FOLDER, steps):
+            run(asked)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.core import distributed
+from jaxalign.core import distributed, profile
 from jaxalign.core.checkpoint import Checkpoints
 from jaxalign.core.metrics import Progress, Sink
 from jaxalign.core.types import Array, NonFinite, PyTree, UserError
@@ -106,7 +107,14 @@ def fit(
     state, key = _begin(state, key, checkpoints, resume)
     start = int(jax.device_get(state.step))
     seconds = _rewind(sinks, start) if resume else 0.0
-    with Progress(steps, title, start, speed) as bar, _Signals() as signals:
+    profiled = profile.taken() if checkpoints is not None else profile.Request(Path(), 0)
+    # The first steps compile, and are left out where there are others.
+    skip = max(0, min(2, steps - start - profiled.steps))
+    with (
+        Progress(steps, title, start, speed) as bar,
+        _Signals() as signals,
+        profile.recorded(step, *profiled, skip) as step,
+    ):
         record = _Record(sinks, seconds, clock, bar, shown, checkpoints)
         if start == 0:
             record.write(0, _run(hooks, state))

@@ -1,21 +1,49 @@
 """A profile of a few steps of a run, for xprof, TensorBoard or `python -m tpu.profile`.
 
-`recorded` goes around the step that `fit` is given, so nothing of the loop has to know. The steps
-that are recorded are waited for, one block of them, and the others run as always.
+`asking` goes around a run; the first loop in it that keeps checkpoints records. The steps that are
+recorded are waited for, one block of them, and the others run as always.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxalign.core.types import PyTree
 
 FOLDER = "profile"  # in a run's directory
+
+
+class Request(NamedTuple):
+    """A profile of so many steps, to be left in the directory."""
+
+    directory: Path
+    steps: int
+
+
+_asked: ContextVar[Request | None] = ContextVar("profile", default=None)
+
+
+@contextlib.contextmanager
+def asking(directory: Path, steps: int) -> Generator[None]:
+    """Asks the loop within for a profile; steps: 0 for none."""
+    token = _asked.set(Request(directory, steps) if steps else None)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def taken() -> Request:
+    """What was asked for, once; later loops of the run are not recorded."""
+    request = _asked.get()
+    _asked.set(None)
+    return request or Request(Path(), 0)
 
 
 @contextlib.contextmanager

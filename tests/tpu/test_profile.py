@@ -1,16 +1,28 @@
 """A profile of a few steps, and its table."""
 
+import contextlib
 import gzip
 import json
+import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxalign.core.profile import recorded
+from jaxalign.core.checkpoint import Checkpoints
+from jaxalign.core.loop import fit
+from jaxalign.core.profile import FOLDER, asking, recorded
 from jaxalign.core.types import UserError
 from tpu import profile
+
+
+class Counted(NamedTuple):
+    """What the loop takes for a state."""
+
+    step: jax.Array
+    value: jax.Array
 
 
 @jax.jit
@@ -117,3 +129,24 @@ def test_a_tpus_operations_are_told_from_the_rest():
     ]
     assert [round(row.seconds * 1e6) for row in rows] == [60, 40, 20], "own time, loop less body"
     assert profile.table(rows, 1).splitlines()[-1].split()[0] == "50.0%"
+
+
+def test_a_run_is_asked_for_a_profile_once(tmp_path: Path):
+    """The first loop that keeps checkpoints records, however short it is; a later one does not."""
+    given, key = jnp.ones((64, 64)), jax.random.key(0)
+
+    def advance(state, batch, key):
+        value, metrics = step(state.value, batch, key)
+        return state._replace(value=value), metrics
+
+    def train(folder: Path):
+        start = Counted(jnp.asarray(0), jnp.zeros((64, 64)))
+        with contextlib.closing(Checkpoints(folder)) as saved:
+            fit(start, advance, lambda i: given, key, steps=2, checkpoints=saved)
+
+    with asking(tmp_path / FOLDER, 1):
+        train(tmp_path / "a")
+        assert calls(tmp_path / FOLDER) == 1
+        shutil.rmtree(tmp_path / FOLDER)
+        train(tmp_path / "b")
+    assert not (tmp_path / FOLDER).exists()
