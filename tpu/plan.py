@@ -136,17 +136,28 @@ def _extended(
         for count in layers
     )
     times = (depth - layers[0]) / (layers[1] - layers[0])
-    return [_line(a, b, times) for a, b in zip(few, more, strict=True)]
+    found = [_line(a, b, times) for a, b in zip(few, more, strict=True)]
+    for each in found:
+        if "peak" in each:  # donated outputs lie where the arguments lay
+            each["peak"] = each["arguments"] + each["temporary"] + each["code"]
+    return found
 
 
-def _line(a: Any, b: Any, times: float) -> Any:
-    """a + times * (b - a), number by number; what is no number must not differ."""
+def _line(a: Any, b: Any, times: float, name: str = "") -> Any:
+    """a + times * (b - a), number by number; what is no number must not differ.
+
+    Activations grow with the depth once its layers need more than the rest of the model; of few
+    layers they say too little, so they are never taken to be less than those of the deeper one.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         names = dict.fromkeys([*a, *b])
-        return {name: _line(a.get(name, 0), b.get(name, 0), times) for name in names}
-    if isinstance(a, int | float) and isinstance(b, int | float):
-        return a + times * (b - a)
-    return a or b
+        return {each: _line(a.get(each, 0), b.get(each, 0), times, each) for each in names}
+    if name == "compile_seconds":
+        return a + b
+    if name == "times" or not (isinstance(a, int | float) and isinstance(b, int | float)):
+        return a or b
+    line = a + times * (b - a)
+    return max(b, line) if name == "temporary" else line
 
 
 def slice_devices(topology: Topology) -> Sequence[jax.Device]:
