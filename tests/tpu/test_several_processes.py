@@ -36,7 +36,8 @@ METHODS = {
     "downstream": (),
     "starc": ("--parts", "figure1"),
 }
-SLOW = ("hiql", "r3hf", "b2_diffurl", "downstream", "starc")
+
+pytestmark = [pytest.mark.pods, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(autouse=True)
@@ -116,9 +117,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return run
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in METHODS]
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_two_processes_give_the_numbers_of_one(
     method: str, by_two: Callable[[str], Path], tmp_path: Path
 ):
@@ -139,8 +138,8 @@ def test_two_processes_give_the_numbers_of_one(
     [
         ("metra", 1, 8),
         ("metra", 4, 2),
-        pytest.param("hiql", 1, 1, marks=pytest.mark.slow),
-        pytest.param("hiql", 4, 2, marks=pytest.mark.slow),
+        ("hiql", 1, 1),
+        ("hiql", 4, 2),
     ],
 )
 def test_a_checkpoint_of_2_x_4_devices_goes_on_elsewhere(
