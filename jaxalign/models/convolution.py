@@ -1,8 +1,9 @@
 """Convolution, group norm and residual blocks of Stable Diffusion's networks; channels come last.
 
 XLA:CPU computes the gradient of a convolution inside a loop twenty times slower than outside, and
-samplers and training steps are loops (jax issue 12868). There a convolution is one matrix product
-on the pixels' neighbourhoods, side by side; on accelerators it is XLA's own.
+samplers and training steps are loops (jax issue 12868). There gradients are those of one matrix
+product on the pixels' neighbourhoods, side by side; forward, and on accelerators throughout, a
+convolution is XLA's own.
 
 Departures: none in what is computed. Group norms take mean and variance in f32 whatever the
 dtype, the variance around the mean (the difference of squares loses digits where the mean is
@@ -13,9 +14,14 @@ Dimensions: B pictures, H W their sides, C channels, E width of the time embeddi
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array
@@ -30,20 +36,65 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     if kernel.shape[0] == 1:
         return _by_rows(x, kernel)
 
-    def as_product(x: Array, kernel: Array) -> Array:
-        return _by_rows(_neighbourhoods(x, kernel.shape[0], stride, padding), kernel)
+    def on_cpu(x: Array, kernel: Array) -> Array:
+        return _with_products(x, kernel, _Form(stride, padding, x.shape, kernel.shape))
 
     def native(x: Array, kernel: Array) -> Array:
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (stride, stride),
-            (padding, padding),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        return _native(x, kernel, stride, padding)
 
     # Chosen when it is lowered, so that a CPU can compile what an accelerator will run.
-    return jax.lax.platform_dependent(x, kernel, cpu=as_product, default=native)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=native)
+
+
+def _native(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        (padding, padding),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+class _Form(NamedTuple):
+    """shape, window: of picture and kernel."""
+
+    stride: int
+    padding: Padding
+    shape: tuple[int, ...]
+    window: tuple[int, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _with_products(x: Array, kernel: Array, form: _Form) -> Array:
+    """XLA's convolution, with gradients of the matrix product that it is."""
+    return _native(x, kernel, form.stride, form.padding)
+
+
+def _forward(x: Any, kernel: Any, form: _Form) -> tuple[Array, tuple]:
+    """Keeps each input only where the other's gradient is asked for."""
+    saved = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+    return _native(x.value, kernel.value, form.stride, form.padding), saved
+
+
+def _backward(form: _Form, saved: tuple, change: Any) -> tuple:
+    x, kernel = saved
+    if isinstance(change, SymbolicZero):
+        return None, None
+
+    def product(x: Array, kernel: Array) -> Array:
+        return _by_rows(_neighbourhoods(x, kernel.shape[0], form.stride, form.padding), kernel)
+
+    def transposed(function: Callable[[Array], Array], shape: tuple[int, ...]) -> Array:
+        like = jax.ShapeDtypeStruct(shape, change.dtype)
+        return jax.linear_transpose(function, like)(change)[0]
+
+    of_x = None if kernel is None else transposed(lambda x: product(x, kernel), form.shape)
+    of_kernel = None if x is None else transposed(lambda k: product(x, k), form.window)
+    return of_x, of_kernel
+
+
+_with_products.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _neighbourhoods(x: Array, window: int, stride: int, padding: Padding) -> Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.core import cost
 from jaxalign.models import convolution, fused_attention
 
 
@@ -49,13 +50,36 @@ def test_a_convolution_by_hand():
     np.testing.assert_array_equal(out, [[0, 0, 0, 0], [1, 2, 3, 0], [5, 6, 7, 0]])
 
 
-def test_a_convolution_on_a_cpu_is_no_convolution():
-    """XLA:CPU's own is very slow inside loops; accelerators get theirs, also from a CPU."""
+def convolutions(function, *arguments, platform: str) -> int:
+    """How many there are in the program, that of another platform also made on a CPU."""
+    traced = jax.jit(function).trace(*arguments)
+    return traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
+
+
+def test_gradients_on_a_cpu_are_no_convolutions():
+    """XLA:CPU's own are very slow inside loops; accelerators get theirs."""
     x, kernel = jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 2))
-    traced = jax.jit(jax.grad(lambda k: convolution.convolve(x, k, 1, (1, 1)).sum())).trace(kernel)
-    for platform, native in (("cpu", False), ("tpu", True), ("cuda", True)):
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-        assert ("stablehlo.convolution" in text) == native, platform
+
+    def loss(x, kernel):
+        return jnp.sin(convolution.convolve(x, kernel, 1, (1, 1))).sum()
+
+    for platform, expected in (("cpu", 1), ("tpu", 3), ("cuda", 3)):
+        assert convolutions(loss, x, kernel, platform=platform) == 1
+        both = jax.value_and_grad(loss, (0, 1))
+        assert convolutions(both, x, kernel, platform=platform) == expected, platform
+
+
+@pytest.mark.parametrize("argument", [0, 1])
+def test_a_gradient_that_nobody_asks_for_costs_nothing(argument):
+    """Kernels are frozen under adapters: then one product for the pictures' gradient is all."""
+    x, kernel = jnp.ones((2, 4, 6, 3)), jnp.ones((3, 3, 3, 5))
+
+    def loss(x, kernel):
+        return jnp.sin(convolution.convolve(x, kernel, 1, (1, 1))).sum()
+
+    forward = cost.count(loss, x, kernel).flops
+    assert cost.count(jax.grad(loss, argument), x, kernel).flops == 2 * forward
+    assert cost.count(jax.grad(loss, (0, 1)), x, kernel).flops == 3 * forward
 
 
 @pytest.mark.parametrize(
