@@ -76,9 +76,8 @@ def adapters(problem: Problem) -> dict[str, tuple[Tensor, Tensor]]:
     found = {}
     for path in sorted(table):
         pair = problem.params["lora"][path]
-        found[table[path].removesuffix(".weight")] = tuple(
-            torch.tensor(pair[part].T, device=device()) for part in ("down", "up")
-        )
+        down, up = (torch.tensor(pair[part].T, device=device()) for part in ("down", "up"))
+        found[table[path].removesuffix(".weight")] = down, up
     return found
 
 
@@ -94,7 +93,8 @@ class Diffusers:
         """pairs: of the case update."""
         if device().type == "cuda":
             torch.cuda.set_per_process_memory_fraction(SHARE)
-        torch._dynamo.config.recompile_limit = 64  # one for each setting
+        # Each setting has its own shapes.
+        torch._dynamo.config.recompile_limit = 64  # ty: ignore[invalid-assignment]
         self.problem, self.pairs, self.net = problem, pairs, load(problem)
         self.work: Any = {"rollout": Rollout, "update": Update}[case]
         for name, (down, up) in adapters(problem).items():
