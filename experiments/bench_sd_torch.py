@@ -28,8 +28,7 @@ from torch.nn import functional as F
 from experiments import bench_sd_programs as programs
 from experiments.bench_sd_programs import Case, Pairs, Problem, Program, Setting
 from experiments.measuring import timed
-from experiments.random_pipeline import _write_json as write_json
-from experiments.random_pipeline import _write_tensors as write_tensors
+from experiments.random_pipeline import write_json, write_tensors
 from jaxalign.models import diffusers_folders, hub
 
 SHARE = 0.48  # of a GPU's memory; ours has as much
@@ -94,7 +93,7 @@ class Diffusers:
         if device().type == "cuda":
             torch.cuda.set_per_process_memory_fraction(SHARE)
         # Each setting has its own shapes.
-        torch._dynamo.config.recompile_limit = 64  # ty: ignore[invalid-assignment]
+        torch._dynamo.config.recompile_limit = 64
         self.problem, self.pairs, self.net = problem, pairs, load(problem)
         self.work: Any = {"rollout": Rollout, "update": Update}[case]
         for name, (down, up) in adapters(problem).items():

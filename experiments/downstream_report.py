@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from experiments import comparison, pages
+from experiments import pages
 from experiments.comparison import Comparison
 from experiments.pages import Column
-from experiments.statistics import Estimate, mean_interval, paired_difference
 
 if TYPE_CHECKING:
     from experiments.plots import Figure
@@ -30,33 +29,9 @@ CAPTION = (
 )
 
 
-def final_numbers(run: Comparison) -> dict[str, list[Estimate]]:
-    """By arm: the number of each of COLUMNS over seeds."""
-    return {
-        arm: [mean_interval(comparison.final(run.of(arm), column.metric)) for column in COLUMNS]
-        for arm in run.arms
-        if run.of(arm)
-    }
-
-
-def differences(run: Comparison) -> dict[str, list[Estimate]]:
-    """By arm but the first: return minus the first's, paired by seed."""
-    first, *others = run.arms
-    pairs = {arm: run.paired(arm, first) for arm in others}
-    return {
-        arm: [paired_difference(*(comparison.final(runs, "return") for runs in pair))]
-        for arm, pair in pairs.items()
-        if len(pair[0]) > 1
-    }
-
-
 def table(run: Comparison) -> str:
     """The final numbers as plain text; with several seeds the intervals below the means."""
-    lines = pages.text_table([column[:2] for column in COLUMNS], final_numbers(run))
-    if len(run.seeds) > 1:
-        lines.append(f"Means over {len(run.seeds)} seeds, below them 95 % intervals.")
-    lines += [f"Not finished: {what}." for what in run.unfinished("row")]
-    return "\n".join(lines)
+    return pages.numbers_table(run, COLUMNS, pages.final_numbers(run, COLUMNS), "row")
 
 
 def figures(run: Comparison) -> Iterator[tuple[str, Figure]]:
@@ -85,8 +60,11 @@ def page(run: Comparison, pictures: Mapping[str, bytes]) -> str:
     title = pages.title_of(run)
     parts = [f"<h1>{pages.safe(title)}</h1>"]
     parts += [pages.facts(run, f"task {run.config['control']}", run.unfinished("row"))]
-    parts += ["<h2>Final numbers</h2>", pages.grouped_table(COLUMNS, final_numbers(run))]
+    parts += [
+        "<h2>Final numbers</h2>",
+        pages.grouped_table(COLUMNS, pages.final_numbers(run, COLUMNS)),
+    ]
     parts.append(pages.note(f"{pages.seeds_note(run)} All at the last checkpoint."))
-    parts += pages.difference_table(run.arms[0], ["return"], differences(run))
+    parts += pages.difference_table(run.arms[0], ["return"], pages.differences(run, "return"))
     parts += [pages.figure(name, content, CAPTION) for name, content in pictures.items()]
     return pages.document(title, parts)

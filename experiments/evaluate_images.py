@@ -25,10 +25,10 @@ from experiments import cli, pages, stable_diffusion
 from experiments.image_rewards import Rewards
 from experiments.stable_diffusion import Experiment, Lab
 from experiments.statistics import Estimate, mean_interval, paired_difference
-from jaxalign.core import distributed
+from jaxalign.core import distributed, limits
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
-from jaxalign.core.types import Params, UserError
+from jaxalign.core.types import Params
 from jaxalign.methods import b2_diffurl
 from jaxalign.models import lora, lora_files
 from jaxalign.ops import diversity
@@ -58,9 +58,7 @@ class Evaluation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("most_prompts", "pictures", "pictures_per_device", "decode_per_device"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
+        limits.counts(self, "most_prompts", "pictures", "pictures_per_device", "decode_per_device")
 
 
 def sd14() -> Evaluation:

@@ -22,7 +22,7 @@ from experiments.b2_tables import RESULTS, cell
 from experiments.comparison import Comparison
 from experiments.offline import Experiment
 from experiments.ogbench_settings import METHODS, PUBLISHED, settings
-from jaxalign.core import metrics
+from jaxalign.core import limits, metrics
 from jaxalign.core.types import UserError
 
 FIGURES = ("success", "walks", "values")
@@ -41,11 +41,7 @@ class Table:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            if task not in PUBLISHED:
-                raise UserError(
-                    f"tasks: {task!r} is not one of {', '.join(PUBLISHED)}; give some of these"
-                )
+        limits.known("tasks", self.tasks, PUBLISHED)
         if self.repeats < 1 or not self.arms:
             raise UserError(f"repeats = {self.repeats}, arms = {self.arms}: give 1 or more of both")
 

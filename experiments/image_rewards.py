@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxalign.core import limits
 from jaxalign.core.types import PyTree, UserError
 from jaxalign.methods import b2_diffurl
 from jaxalign.models import clip_folders
@@ -42,11 +43,7 @@ class Rewards:
     timeout: float = 600.0  # seconds that the host's rewards of one chunk of pictures may take
 
     def __post_init__(self) -> None:
-        for name in self.names:
-            if name not in NAMES:
-                raise UserError(
-                    f"rewards.names: {name!r} is not one of {', '.join(NAMES)}; give some of these"
-                )
+        limits.known("rewards.names", self.names, NAMES)
         if not self.names or len(set(self.names)) < len(self.names):
             raise UserError(f"rewards.names {self.names}: give at least one, and each once")
         for field in ("weights", "means", "stds"):

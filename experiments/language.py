@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments import problems
 from experiments.problems import Problem, Source
-from jaxalign.core import distributed
+from jaxalign.core import distributed, limits
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.checkpoint import Checkpoints, cached
@@ -61,11 +61,7 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for arm in self.arms:
-            if arm not in ARMS:
-                raise UserError(
-                    f"arms: {arm!r} is not one of {', '.join(ARMS)}; give some of these"
-                )
+        limits.known("arms", self.arms, ARMS)
         for name in ("calibration_responses", "evaluate_every", "evaluated", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")

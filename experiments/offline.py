@@ -25,7 +25,7 @@ from experiments import offline_data, ogbench_settings, seed_axis, sweep
 from experiments.offline_report import last_evaluations
 from experiments.ogbench_settings import METHODS, TASKS
 from experiments.real_envs import RealEnvironments as Real
-from jaxalign.core import distributed
+from jaxalign.core import distributed, limits
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.loop import Hook
@@ -72,11 +72,7 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for arm in self.arms:
-            if arm not in METHODS:
-                raise UserError(
-                    f"arms: {arm!r} is not one of {', '.join(METHODS)}; give some of these"
-                )
+        limits.known("arms", self.arms, METHODS)
         for name in ("updates", "at_once", "evaluate_every", "attempts", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")

@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from experiments import comparison
 from experiments.comparison import Comparison
-from experiments.statistics import Estimate
+from experiments.statistics import Estimate, mean_interval, paired_difference
 
 # --- numbers -------------------------------------------------------------------------------------
 
@@ -48,6 +49,33 @@ def _mean_and_range(estimate: Estimate) -> tuple[str, str]:
     return mean, ends
 
 
+def final_numbers(run: Comparison, columns: Sequence[Column]) -> dict[str, list[Estimate]]:
+    """By arm: the last number of each column over seeds."""
+    scales = [100 if column.percent else 1 for column in columns]
+    return {
+        arm: [
+            mean_interval(scale * comparison.final(run.of(arm), column.metric))
+            for column, scale in zip(columns, scales, strict=True)
+        ]
+        for arm in run.arms
+        if run.of(arm)
+    }
+
+
+def differences(run: Comparison, *metrics: str) -> dict[str, list[Estimate]]:
+    """By arm but the first: its last numbers minus the first's, paired by seed."""
+    first, *others = run.arms
+    pairs = {arm: run.paired(arm, first) for arm in others}
+    return {
+        arm: [
+            paired_difference(*(comparison.final(runs, metric) for runs in pair))
+            for metric in metrics
+        ]
+        for arm, pair in pairs.items()
+        if len(pair[0]) > 1
+    }
+
+
 # --- the terminal --------------------------------------------------------------------------------
 
 
@@ -67,6 +95,19 @@ def text_table(
         for line in lines
     ]
     return [line.rstrip() for line in text]
+
+
+def numbers_table(
+    run: Comparison,
+    columns: Sequence[Column],
+    numbers: Mapping[str, Sequence[Estimate]],
+    step: str,
+) -> str:
+    """A run's numbers as plain text, with what is missing. step: what a row of it is."""
+    lines = text_table([column[:2] for column in columns], numbers)
+    if len(run.seeds) > 1:
+        lines.append(f"Means over {len(run.seeds)} seeds, below them 95 % intervals.")
+    return "\n".join([*lines, *(f"Not finished: {what}." for what in run.unfinished(step))])
 
 
 # --- HTML ----------------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.core import distributed
+from jaxalign.core import distributed, limits
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.checkpoint import Checkpoints, cached
-from jaxalign.core.loop import Hook, fit
+from jaxalign.core.loop import Hook, Step, fit
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, Model, NonFinite, Params, PyTree, UserError
 from jaxalign.data import world as worlds
@@ -75,11 +75,7 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for arm in self.arms:
-            if arm not in ARMS:
-                raise UserError(
-                    f"arms: {arm!r} is not one of {', '.join(ARMS)}; give some of these"
-                )
+        limits.known("arms", self.arms, ARMS)
         if min(self.evaluate_every, self.pictures, self.save_every) < 1:
             raise UserError("evaluate_every, pictures and save_every must be at least 1")
 
@@ -434,11 +430,31 @@ def train_arm(
         numbers = {name: summarise(seen, config.pictures) for name, seen in results.items()}
         return {f"{name}/{k}": v for name, by in numbers.items() for k, v in by.items()}
 
+    with host or contextlib.nullcontext():
+        run_stages(state, stage, task, key, config, b2, arm, directory, measure, resume=resume)
+    return leave_result(directory, arm, config.seed)
+
+
+def run_stages(
+    state: TrainState,
+    stage: Step,
+    task: b2_diffurl.Task,
+    key: Array,
+    config: Any,
+    b2: b2_diffurl.Config,
+    arm: str,
+    directory: Path,
+    measure: Callable[[TrainState, int], Mapping[str, Any]],
+    *,
+    resume: bool,
+) -> TrainState:
+    """The state after all stages of an arm, whose metrics and checkpoints are left in its folder.
+
+    config: of the experiment, which says how often what is done. measure: `(state, step) ->
+        metrics`, every `evaluate_every` stages.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    with (
-        contextlib.closing(Checkpoints(directory / "ckpt")) as checkpoints,
-        host or contextlib.nullcontext(),
-    ):
+    with contextlib.closing(Checkpoints(directory / "ckpt")) as checkpoints:
         opened = sinks.open_sinks(config, directory, arm)
         state = fit(
             state,
@@ -458,9 +474,14 @@ def train_arm(
         )
         for sink in opened:
             sink.close()
+    return state
+
+
+def leave_result(directory: Path, arm: str, seed: int) -> dict[str, float]:
+    """Writes an arm's last numbers as its `result.json`, and returns them."""
     rows = sinks.read_json_lines(directory / "metrics.jsonl")
     result = {name: value for name, value in rows[-1].items() if name != "step"}
-    sinks.write_json(directory / "result.json", {"arm": arm, "seed": config.seed, **result})
+    sinks.write_json(directory / "result.json", {"arm": arm, "seed": seed, **result})
     return result
 
 

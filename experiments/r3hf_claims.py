@@ -22,7 +22,7 @@ from experiments import r3hf_tables
 from experiments.jobs import is_done, run_jobs
 from experiments.language import ARMS, Experiment, Lab, make_lab, train_arm
 from experiments.problems import Source
-from jaxalign.core import metrics
+from jaxalign.core import limits, metrics
 from jaxalign.core.types import UserError
 
 MAIN = ("sparse", "redistributed", "calibrated", "uniform")
@@ -62,11 +62,7 @@ class Claims:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in self.settings:
-            if name not in SETTINGS:
-                raise UserError(
-                    f"settings: {name!r} is not one of {', '.join(SETTINGS)}; give some of these"
-                )
+        limits.known("settings", self.settings, SETTINGS)
         if min(self.repeats, self.bases, self.workers) < 1:
             raise UserError("repeats, bases and workers must be at least 1")
         if not (self.policy_rates and self.critic_rates):

@@ -90,10 +90,10 @@ def write_pipeline(path: Path, seed: int) -> Path:
         ),
     }
     for i, (part, (config, init, stem)) in enumerate(parts.items()):
-        _write_json(path / part / "config.json", config)
+        write_json(path / part / "config.json", config)
         params = _random(init, (seed, i))
-        _write_tensors(path / part, stem, params, hub.mirrored(params))
-    _write_json(path / "scheduler" / "scheduler_config.json", SCHEDULER)
+        write_tensors(path / part, stem, params, hub.mirrored(params))
+    write_json(path / "scheduler" / "scheduler_config.json", SCHEDULER)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "unet": ["diffusers", UNET["_class_name"]],
@@ -104,7 +104,7 @@ def write_pipeline(path: Path, seed: int) -> Path:
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
     }
-    _write_json(path / "model_index.json", index)
+    write_json(path / "model_index.json", index)
     return path
 
 
@@ -127,14 +127,14 @@ def write_clip(path: Path, seed: int) -> Path:
         "text_config": text,
         "vision_config": vision,
     }
-    _write_json(path / "config.json", config)
-    _write_json(path / "preprocessor_config.json", PROCESSOR)
+    write_json(path / "config.json", config)
+    write_json(path / "preprocessor_config.json", PROCESSOR)
     described = clip_folders.describe(path)
     seeing = _random(clip.vision(described.vision, described.normalisation).init, (seed, 0))
     reading = _random(clip_text.text_encoder(described.text).init, (seed, 1))
     table = clip_folders.table(seeing, clip_folders.VISION_TENSORS)
     table += clip_folders.table(reading, clip_folders.TEXT_TENSORS)
-    _write_tensors(path, "model", seeing | reading, table)
+    write_tensors(path, "model", seeing | reading, table)
     return path
 
 
@@ -172,18 +172,20 @@ def _write_tokenizer(path: Path) -> int:
     """CLIP's tokenizer with letters for words; returns how many ids it has."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789-,."
     words = [*letters, *(f"{letter}</w>" for letter in letters), BEGIN, END]
-    _write_json(path / "vocab.json", {word: i for i, word in enumerate(words)})
+    write_json(path / "vocab.json", {word: i for i, word in enumerate(words)})
     (path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     special = {"unk_token": END, "bos_token": BEGIN, "eos_token": END, "pad_token": END}
     about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, **special}
-    _write_json(path / "tokenizer_config.json", about)
+    write_json(path / "tokenizer_config.json", about)
     return len(words)
 
 
-def _write_tensors(path: Path, stem: str, params: Params, table: Sequence[Tensor]) -> None:
+def write_tensors(path: Path, stem: str, params: Params, table: Sequence[Tensor]) -> None:
+    """A part's parameters as one file."""
     weights.write(path, stem, table, weights.flat(params), 1 << 30)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A configuration, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

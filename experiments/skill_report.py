@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
-from experiments import comparison, pages
+from experiments import pages
 from experiments.comparison import Comparison
 from experiments.pages import Column
-from experiments.statistics import Estimate, mean_interval, paired_difference
+from experiments.statistics import Estimate
 
 COLUMNS = (
     Column("coverage (cells)", "skills", "coverage"),
@@ -28,38 +26,14 @@ COLUMNS = (
 )
 
 
-def of_arm(run: Comparison, arm: str, column: Column) -> np.ndarray:
-    """A column's number of each of the arm's runs, `[S]`."""
-    return comparison.final(run.of(arm), column.metric) * (100 if column.percent else 1)
-
-
 def final_numbers(run: Comparison) -> dict[str, list[Estimate]]:
     """By arm: the number of each of COLUMNS over seeds."""
-    return {
-        arm: [mean_interval(of_arm(run, arm, column)) for column in COLUMNS]
-        for arm in run.arms
-        if run.of(arm)
-    }
-
-
-def differences(run: Comparison) -> dict[str, list[Estimate]]:
-    """By arm but the first: coverage minus the first's, paired by seed."""
-    first, *others = run.arms
-    pairs = {arm: run.paired(arm, first) for arm in others}
-    return {
-        arm: [paired_difference(*(comparison.final(runs, "coverage") for runs in pair))]
-        for arm, pair in pairs.items()
-        if len(pair[0]) > 1
-    }
+    return pages.final_numbers(run, COLUMNS)
 
 
 def table(run: Comparison) -> str:
     """The final numbers as plain text; with several seeds the intervals below the means."""
-    lines = pages.text_table([column[:2] for column in COLUMNS], final_numbers(run))
-    if len(run.seeds) > 1:
-        lines.append(f"Means over {len(run.seeds)} seeds, below them 95 % intervals.")
-    lines += [f"Not finished: {what}." for what in run.unfinished("row")]
-    return "\n".join(lines)
+    return pages.numbers_table(run, COLUMNS, final_numbers(run), "row")
 
 
 CAPTIONS = {
@@ -79,6 +53,8 @@ def page(run: Comparison, pictures: Mapping[str, bytes]) -> str:
     parts += [pages.facts(run, about, run.unfinished("row"))]
     parts += ["<h2>Final numbers</h2>", pages.grouped_table(COLUMNS, final_numbers(run))]
     parts.append(pages.note(f"{pages.seeds_note(run)} All at the last checkpoint."))
-    parts += pages.difference_table(run.arms[0], ["coverage (cells)"], differences(run))
+    parts += pages.difference_table(
+        run.arms[0], ["coverage (cells)"], pages.differences(run, "coverage")
+    )
     parts += [pages.figure(name, png, CAPTIONS[name]) for name, png in pictures.items()]
     return pages.document(pages.title_of(run), parts)

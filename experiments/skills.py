@@ -25,7 +25,7 @@ import numpy as np
 
 from experiments import seed_axis, skill_worlds
 from experiments.skill_evaluation import Shown, film, numbers, show, walk
-from jaxalign.core import distributed
+from jaxalign.core import distributed, limits
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
 from jaxalign.core.loop import Hook
@@ -83,11 +83,7 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for arm in self.arms:
-            if arm not in METHODS:
-                raise UserError(
-                    f"arms: {arm!r} is not one of {', '.join(METHODS)}; give some of these"
-                )
+        limits.known("arms", self.arms, METHODS)
         positive = ("environments", "epochs", "updates", "at_once", "evaluate_every", "shown")
         for name in (*positive, "goals", "save_every"):
             if getattr(self, name) < 1:

@@ -24,12 +24,10 @@ import numpy as np
 
 from experiments import cli, image_rewards, random_pipeline, report
 from experiments.image_rewards import Opened, Rewards
-from experiments.pictures import ARMS, RatioIsOne
-from jaxalign.core import distributed
+from experiments.pictures import ARMS, leave_result, run_stages
+from jaxalign.core import distributed, limits
 from jaxalign.core import mesh as meshes
 from jaxalign.core import metrics as sinks
-from jaxalign.core.checkpoint import Checkpoints
-from jaxalign.core.loop import Hook, fit
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, Params, PyTree, UserError
 from jaxalign.data import image_prompts
@@ -75,17 +73,17 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for arm in self.arms:
-            if arm not in ARMS:
-                raise UserError(
-                    f"arms: {arm!r} is not one of {', '.join(ARMS)}; give some of these"
-                )
-        for name in (
-            "groups_per_device", "pairs_per_device", "decode_per_device", "evaluate_every",
-            "evaluate_prompts", "pictures", "save_every",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
+        limits.known("arms", self.arms, ARMS)
+        limits.counts(
+            self,
+            "groups_per_device",
+            "pairs_per_device",
+            "decode_per_device",
+            "evaluate_every",
+            "evaluate_prompts",
+            "pictures",
+            "save_every",
+        )
         if self.export == "lora" and not self.b2.lora_rank:
             raise UserError("export = lora: there are no adapters; give --export folder")
 
@@ -337,32 +335,10 @@ def train_arm(
             save_samples(lab, config, directory, when, lists, drawn)
         return numbers
 
-    directory.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Checkpoints(directory / "ckpt")) as checkpoints:
-        opened = sinks.open_sinks(config, directory, arm)
-        state = fit(
-            state,
-            stage,
-            lambda i: task,
-            distributed.put(jax.random.key(config.seed), everywhere),
-            steps=b2.stages,
-            checkpoints=checkpoints,
-            save_every=config.save_every,
-            resume=resume,
-            sinks=[RatioIsOne(), *opened],
-            hooks=[Hook(config.evaluate_every, measure)],
-            title=arm,
-            speed=(b2.groups * b2.leaves, "images"),
-            shown=("reward", "suffix"),
-            put=lambda task: task,
-        )
-        for sink in opened:
-            sink.close()
+    key = distributed.put(jax.random.key(config.seed), everywhere)
+    state = run_stages(state, stage, task, key, config, b2, arm, directory, measure, resume=resume)
     export(config, b2, state, directory)
-    rows = sinks.read_json_lines(directory / "metrics.jsonl")
-    result = {name: value for name, value in rows[-1].items() if name != "step"}
-    sinks.write_json(directory / "result.json", {"arm": arm, "seed": config.seed, **result})
-    return result
+    return leave_result(directory, arm, config.seed)
 
 
 def export(config: Experiment, b2: b2_diffurl.Config, state: TrainState, directory: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from experiments import comparison, pages
 from experiments.comparison import LISTS, REWARD, Comparison
 from experiments.pages import Column
-from experiments.statistics import Estimate, mean_interval, paired_difference
+from experiments.statistics import Estimate, mean_interval
 
 if TYPE_CHECKING:
     from experiments.plots import Figure
@@ -51,35 +51,13 @@ DECODED = 4  # pictures beside torch's
 
 def final_numbers(run: Comparison) -> dict[str, list[Estimate]]:
     """By "base" and arm: the number of each of COLUMNS over seeds."""
-    names = [column.metric for column in COLUMNS]
-    table = {"base": [mean_interval(comparison.base(run, name)) for name in names]}
-    for arm in run.arms:
-        if runs := run.of(arm):
-            table[arm] = [mean_interval(comparison.final(runs, name)) for name in names]
-    return table
-
-
-def differences(run: Comparison) -> dict[str, list[Estimate]]:
-    """By arm but the first: reward minus that of the first, on each prompt list, paired by seed."""
-    first, *others = run.arms
-    pairs = {arm: run.paired(arm, first) for arm in others}
-    return {
-        arm: [
-            paired_difference(*(comparison.final(runs, f"{name}/reward") for runs in pair))
-            for name in LISTS
-        ]
-        for arm, pair in pairs.items()
-        if len(pair[0]) > 1
-    }
+    base = [mean_interval(comparison.base(run, column.metric)) for column in COLUMNS]
+    return {"base": base, **pages.final_numbers(run, COLUMNS)}
 
 
 def table(run: Comparison) -> str:
     """The final numbers as plain text; with several seeds the intervals below the means."""
-    lines = pages.text_table([column[:2] for column in COLUMNS], final_numbers(run))
-    if len(run.seeds) > 1:
-        lines.append(f"Means over {len(run.seeds)} seeds, below them 95 % intervals.")
-    lines += [f"Not finished: {what}." for what in run.unfinished()]
-    return "\n".join(lines)
+    return pages.numbers_table(run, COLUMNS, final_numbers(run), "stage")
 
 
 def figures(run: Comparison) -> Iterator[tuple[str, Figure]]:
@@ -106,7 +84,9 @@ def page(run: Comparison, pictures: Mapping[str, bytes]) -> str:
     parts += ["<h2>Final numbers</h2>", pages.grouped_table(COLUMNS, final_numbers(run))]
     parts.append(pages.note(f"{pages.seeds_note(run)} All at the last checkpoint. {NOTE}"))
     heads = [f"{REWARD}, {prompts}" for prompts in LISTS.values()]
-    parts += pages.difference_table(run.arms[0], heads, differences(run))
+    parts += pages.difference_table(
+        run.arms[0], heads, pages.differences(run, *(f"{name}/reward" for name in LISTS))
+    )
     parts += [pages.figure(name, png, CAPTIONS[name]) for name, png in pictures.items()]
     if "decoders" not in pictures:
         parts.append(pages.note("Pictures are not compared with torch's: it is not installed."))

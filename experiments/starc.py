@@ -28,8 +28,8 @@ from experiments import (
 )
 from experiments.b2_tables import RESULTS
 from experiments.starc_report import Result
+from jaxalign.core import limits, metrics
 from jaxalign.core import mesh as meshes
-from jaxalign.core import metrics
 from jaxalign.core.types import UserError
 
 
@@ -51,9 +51,7 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for part in self.parts:
-            if part not in PARTS:
-                raise UserError(f"parts: {part!r} is not one of {', '.join(PARTS)}; give some")
+        limits.known("parts", self.parts, PARTS)
         least = {"states": 2, "actions": 2, "samples": 64}
         for name in ("worlds", "pairs", "steps", "states", "actions", "at_once", "samples"):
             if getattr(self, name) < least.get(name, 1):

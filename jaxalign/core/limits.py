@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxalign.core.types import UserError
 
@@ -30,3 +30,12 @@ def counts(config: object, *names: str) -> None:
         entries = entries if isinstance(entries, Sequence) else (entries,)
         if any(entry < 1 for entry in entries):
             raise UserError(f"{name} = {getattr(config, name)}: must be at least 1; raise it")
+
+
+def known(what: str, names: Iterable[str], choice: Iterable[str]) -> None:
+    """Raises UserError unless each of the names is one of the choice. what: the user's field."""
+    for name in names:
+        if name not in choice:
+            raise UserError(
+                f"{what}: {name!r} is not one of {', '.join(choice)}; give some of these"
+            )

@@ -30,9 +30,8 @@ from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array, Params, UserError
 from jaxalign.models import hub
-from jaxalign.models.clip_text import FeedForward
+from jaxalign.models.clip_text import Encoder, norm
 from jaxalign.models.dense import Dense
-from jaxalign.models.fused_attention import attend
 
 # Every matrix over `fsdp`, along an axis that any width divides; the patches' by its features.
 RULES = (
@@ -140,50 +139,6 @@ class Embeddings(nn.Module):
         return tokens + places(jnp.arange(count)[None])
 
 
-class Attention(nn.Module):
-    """Every token attends to all, `[B, T, D]` -> `[B, T, D]`."""
-
-    heads: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        def project(name: str) -> Array:
-            out = Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
-            return out.reshape(*x.shape[:2], self.heads, -1)
-
-        out = attend(project("q_proj"), project("k_proj"), project("v_proj"))
-        return Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each added to the stream `[B, T, D]`."""
-
-    config: Config
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        config, dtype = self.config, self.dtype
-        h = _norm(config, dtype, "layer_norm1")(x)
-        x = x + Attention(config.heads, dtype, name="self_attn")(h)
-        h = _norm(config, dtype, "layer_norm2")(x)
-        return x + FeedForward(config.inner, config.gelu, dtype, name="mlp")(h)
-
-
-class Encoder(nn.Module):
-    """All blocks."""
-
-    config: Config
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for i in range(self.config.depth):
-            x = Block(self.config, self.dtype, name=f"layers_{i}")(x)
-        return x
-
-
 class VisionTransformer(nn.Module):
     """Pixels `[B, S, S, 3]` to the class token's last state, normed, `[B, D]`."""
 
@@ -194,9 +149,9 @@ class VisionTransformer(nn.Module):
     def __call__(self, x: Array) -> Array:
         config, dtype = self.config, self.dtype
         x = Embeddings(config, dtype, name="embeddings")(x)
-        x = _norm(config, dtype, "pre_layrnorm")(x)  # the format's spelling
-        x = Encoder(config, dtype, name="encoder")(x)
-        return _norm(config, dtype, "post_layernorm")(x[:, 0])
+        x = norm(config, dtype, "pre_layrnorm")(x)  # the format's spelling
+        x, _ = Encoder(config, False, dtype, name="encoder")(x)
+        return norm(config, dtype, "post_layernorm")(x[:, 0])
 
 
 class VisionTower(nn.Module):
@@ -211,10 +166,6 @@ class VisionTower(nn.Module):
         state = VisionTransformer(config, dtype, name="vision_model")(x)
         project = Dense(config.projected, use_bias=False, dtype=dtype, name="visual_projection")
         return project(state).astype(jnp.float32)
-
-
-def _norm(config: Config, dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=config.eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def vision(config: Config, normalisation: Normalisation, dtype: DTypeLike = jnp.float32) -> Vision:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -87,10 +87,26 @@ class Embeddings(nn.Module):
         return tokens + embed(self.config.context, "position_embedding", place)
 
 
+class Sizes(Protocol):
+    """What a CLIP transformer is made by, of text or of pictures."""
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def inner(self) -> int: ...
+    @property
+    def gelu(self) -> bool: ...
+    @property
+    def eps(self) -> float: ...
+
+
 class Attention(nn.Module):
-    """Causal attention, `[B, T, D]` -> `[B, T, D]`."""
+    """Attention, `[B, T, D]` -> `[B, T, D]`; causal: of a token to those before it alone."""
 
     heads: int
+    causal: bool
     dtype: DTypeLike
 
     @nn.compact
@@ -99,7 +115,7 @@ class Attention(nn.Module):
             out = Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
             return out.reshape(*x.shape[:2], self.heads, -1)
 
-        out = attend(project("q_proj"), project("k_proj"), project("v_proj"), causal=True)
+        out = attend(project("q_proj"), project("k_proj"), project("v_proj"), causal=self.causal)
         return Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
 
 
@@ -120,29 +136,32 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each added to the stream `[B, T, D]`."""
 
-    config: Config
+    config: Sizes
+    causal: bool
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         config, dtype = self.config, self.dtype
-        h = _norm(config, dtype, "layer_norm1")(x)
-        x = x + Attention(config.heads, dtype, name="self_attn")(h)
-        h = _norm(config, dtype, "layer_norm2")(x)
+        h = norm(config, dtype, "layer_norm1")(x)
+        x = x + Attention(config.heads, self.causal, dtype, name="self_attn")(h)
+        h = norm(config, dtype, "layer_norm2")(x)
         return x + FeedForward(config.inner, config.gelu, dtype, name="mlp")(h)
 
 
 class Encoder(nn.Module):
     """All blocks: the states after the last and before it."""
 
-    config: Config
+    config: Sizes
+    causal: bool
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
         before = x
         for i in range(self.config.depth):
-            before, x = x, Block(self.config, self.dtype, name=f"layers_{i}")(x)
+            block = Block(self.config, self.causal, self.dtype, name=f"layers_{i}")
+            before, x = x, block(x)
         return x, before
 
 
@@ -155,10 +174,10 @@ class TextEncoder(nn.Module):
     @nn.compact
     def __call__(self, ids: Array) -> States:
         config, dtype = self.config, self.dtype
-        x, penultimate = Encoder(config, dtype, name="encoder")(
+        x, penultimate = Encoder(config, True, dtype, name="encoder")(
             Embeddings(config, dtype, name="embeddings")(ids)
         )
-        last = _norm(config, dtype, "final_layer_norm")(x)
+        last = norm(config, dtype, "final_layer_norm")(x)
         closes = ids if config.end is None else ids == config.end
         pooled = last[jnp.arange(len(ids)), closes.argmax(-1)]
         if config.projected:
@@ -167,7 +186,8 @@ class TextEncoder(nn.Module):
         return jax.tree.map(lambda a: a.astype(jnp.float32), States(last, penultimate, pooled))
 
 
-def _norm(config: Config, dtype: DTypeLike, name: str) -> nn.LayerNorm:
+def norm(config: Sizes, dtype: DTypeLike, name: str) -> nn.LayerNorm:
+    """A layer norm, its variance taken around the mean."""
     return nn.LayerNorm(epsilon=config.eps, dtype=dtype, use_fast_variance=False, name=name)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import metra as presets
-from experiments import report, seed_axis, skill_plots, skill_report, skill_tables, skills
+from experiments import pages, report, seed_axis, skill_plots, skill_tables, skills
 from experiments.skill_tables import Claims
 from jaxalign.core import metrics as sinks
 from jaxalign.core.checkpoint import Checkpoints
@@ -171,7 +171,7 @@ def test_a_run_leaves_numbers_and_pictures(finished):
     assert "latent" not in shown["random"]
     assert report.build(finished).read_text().count("<figure") == 3
     assert "coverage" in report.table(finished)
-    assert set(skill_report.differences(run)) == {"random"}
+    assert set(pages.differences(run, "coverage")) == {"random"}
 
 
 def test_resuming_equals_no_interruption(finished, tmp_path):
