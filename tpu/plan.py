@@ -150,7 +150,9 @@ def _line(a: Any, b: Any, times: float, name: str = "") -> Any:
     layers they say too little, so they are never taken to be less than those of the deeper one.
     """
     if isinstance(a, dict) and isinstance(b, dict):
-        names = dict.fromkeys([*a, *b])
+        refused = a.get("refused") or b.get("refused")
+        # The compiler says nothing else of what it refuses; collectives may be missing in either.
+        names = [each for each in a if each in b] if refused else dict.fromkeys([*a, *b])
         return {each: _line(a.get(each, 0), b.get(each, 0), times, each) for each in names}
     if name == "compile_seconds":
         return a + b
