@@ -17,9 +17,10 @@ import pytest
 from jax.sharding import Mesh
 
 from experiments import b2_diffurl as b2_presets
+from experiments import cli, pictures
 from experiments import hiql as hiql_presets
 from experiments import metra as metra_presets
-from experiments import pictures
+from experiments import r3hf as r3hf_presets
 from jaxalign.core import mesh as meshes
 from jaxalign.methods import b2_diffurl
 from tpu import programs
@@ -69,6 +70,20 @@ def hiql_shared(mesh: Mesh) -> str:
     return compiled(program)
 
 
+def r3hf_update(mesh: Mesh) -> str:
+    """PPO of a small Llama: what its rules halve is put together where it is used."""
+    sizes = dataclasses.replace(
+        programs.LLAMA_8B,
+        vocabulary=256, width=32, inner=64, depth=2, heads=4, kv_heads=2, head_dim=8,
+    )  # fmt: skip
+    words = "--rl.micro-batches 1 --rl.rollouts 64 --source.prompt 8 --source.response 4"
+    run = cli.parse("r3hf", r3hf_presets.PRESETS, "tiny", ["nectar", *words.split()])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "LLAMA_8B", sizes)
+        _, update = programs.r3hf(run.config, [0], mesh)
+        return compiled(update)
+
+
 def b2_stage(mesh: Mesh) -> str:
     config = dataclasses.replace(b2_presets.tiny(), arms=("ddpo",))
     world = pictures.make_world(config)
@@ -92,6 +107,8 @@ def b2_stage(mesh: Mesh) -> str:
         (metra_dealt, {}),
         (hiql_dealt, {}),
         (hiql_shared, {"all-reduce": 2}),
+        # Parameters are gathered where they are used; activations stay where their rows lie.
+        (r3hf_update, {"all-reduce": 8, "all-gather": 102, "all-to-all": 2}),
         (b2_stage, {"all-reduce": 7, "all-gather": 6}),
     ],
     ids=lambda x: getattr(x, "__name__", ""),

@@ -39,7 +39,7 @@ from jaxalign.core import step as steps
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, LanguageModel, Max, Mean, Params, PyTree, UserError
 from jaxalign.data.preferences import Prompts
-from jaxalign.models import lora
+from jaxalign.models import layout, lora
 from jaxalign.models.scalar_head import attach_head
 from jaxalign.ops import policy_gradient as pg
 from jaxalign.ops import redistribution as rd
@@ -427,6 +427,7 @@ def make_iteration(
     """
     optimizer = make_optimizer(config)
 
+    @layout.lying(rows)
     def iteration(state: TrainState, task: Task, key: Array) -> tuple[TrainState, dict[str, Array]]:
         sample_key, credit_key, learn_key = jax.random.split(key, 3)
         samples = sample(parts, config, rows, policy_of(state.params), task, sample_key)

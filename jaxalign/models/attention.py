@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array, LanguageModel, Params
+from jaxalign.models import layout
 
 
 class KeyValue(NamedTuple):
@@ -93,7 +94,8 @@ def _attend_slots(query: Array, cache: KeyValue, visible: Array) -> Array:
 def head(hidden: Array, table: Array) -> Array:
     """Logits `[..., V] f32` of hidden `[..., D]` by a table `[V, D]`, accumulated in f32."""
     table = table.astype(hidden.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    return layout.keep(logits)
 
 
 class Head(nn.Module):

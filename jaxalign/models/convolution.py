@@ -25,6 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array
+from jaxalign.models import layout
 from jaxalign.models.dense import Dense
 
 # Rows and columns of zeros before and after a side.
@@ -131,7 +132,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return convolve(x, kernel, self.stride, self.padding) + bias[None, None, None]
+        out = convolve(x, kernel, self.stride, self.padding) + bias[None, None, None]
+        return layout.keep(out)
 
 
 def pointwise(features: int, dtype: DTypeLike, name: str | None = None) -> Conv:
