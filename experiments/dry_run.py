@@ -11,8 +11,7 @@ import jax
 from experiments.stable_diffusion import Experiment
 from jaxalign.core import cost
 from jaxalign.core import mesh as meshes
-from tpu.plan import _size as in_words
-from tpu.plan import lower
+from tpu.plan import in_words, lower
 from tpu.programs import Program, b2_diffurl, bytes_a_device
 
 # Parameters above which a CPU is not asked to compile: it takes minutes, and a CPU's memory says

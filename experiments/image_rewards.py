@@ -80,11 +80,15 @@ class Opened(NamedTuple):
 
 
 def open_rewards(
-    rewards: Rewards, prompts: Sequence[str], dtype: DTypeLike, shardings: Shardings | None
+    rewards: Rewards,
+    prompts: Sequence[str],
+    dtype: DTypeLike,
+    shardings: Shardings | None,
+    chunk: int,
 ) -> Opened:
     """Reads the networks of the rewards and embeds the prompts.
 
-    prompts: P, to which the rows of "prompt" point.
+    prompts: P, to which the rows of "prompt" point. chunk: pictures that a network sees at once.
     Raises: UserError for what a reward lacks.
     """
     targets: dict[str, PyTree] = {}
@@ -94,13 +98,13 @@ def open_rewards(
         folder = _needed(rewards.clip, "clip_score", "clip", "a CLIP model's folder")
         tower, params["clip_score"] = clip_folders.load_vision(folder, dtype, shardings=shardings)
         targets["clip_score"] = jnp.asarray(clip_folders.embed_prompts(folder, prompts))
-        devices["clip_score"] = clip_score(tower.embed)
+        devices["clip_score"] = clip_score(tower.embed, chunk)
     if "aesthetic" in rewards.names:
         folder = _needed(rewards.aesthetic_clip, "aesthetic", "aesthetic_clip", "ViT-L/14's folder")
         head = _needed(rewards.aesthetic_head, "aesthetic", "aesthetic_head", "the head's file")
         tower, vision = clip_folders.load_vision(folder, dtype, shardings=shardings)
         params["aesthetic"] = Params(vision, read_head(head))
-        devices["aesthetic"] = aesthetic(tower.embed)
+        devices["aesthetic"] = aesthetic(tower.embed, chunk)
     if not rewards.on_host:
         return Opened(weighted(devices, rewards.scales), None, params, targets)
     scores = {name: on_host(reward, params[name]) for name, reward in devices.items()}

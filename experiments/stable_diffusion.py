@@ -59,7 +59,7 @@ class Experiment:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the products
     groups_per_device: int = 8  # sampled at once
     pairs_per_device: int = 16  # trained on at once; in the place of b2.micro-batch
-    decode_per_device: int = 8  # latents decoded at once
+    decode_per_device: int = 8  # latents decoded, and pictures scored, at once
     b2: b2_diffurl.Config = b2_diffurl.Config(lora_rank=4)
     export: Literal["lora", "folder"] = "lora"  # left at the end; folder: the whole pipeline
     evaluate_every: int = 10  # stages
@@ -181,7 +181,8 @@ def make_lab(config: Experiment) -> Lab:
 
     prompts = read_prompts(config)
     both = [*prompts.train, *prompts.heldout]
-    opened = image_rewards.open_rewards(config.rewards, both, dtype, shardings)
+    at_once = config.decode_per_device * devices_of(mesh)
+    opened = image_rewards.open_rewards(config.rewards, both, dtype, shardings, at_once)
     model = stable_diffusion.load(config.model, dtype, shardings=shardings, remat=True)
     shape = latent_shape(config, model.side, model.channels, model.vae.shrink)
     pixels = shape[0] * model.vae.shrink

@@ -200,8 +200,8 @@ def _judge(found: Plan, topology: Topology, share: int) -> None:
     """Adds whether the program fits, and the least time that it takes."""
     peak = found.get("peak", found["counted"]) + sum(found["beside"].values())
     if not found["refused"] and peak > share * topology.available_bytes:
-        room = _size(share * topology.available_bytes)
-        found["refused"] = f"{found['name']}: {_size(peak)} on a chip exceed its {room}"
+        room = in_words(share * topology.available_bytes)
+        found["refused"] = f"{found['name']}: {in_words(peak)} on a chip exceed its {room}"
     if not found["refused"]:
         found["seconds"] = _seconds(found, topology)
 
@@ -268,7 +268,7 @@ def _seconds(found: Plan, topology: Topology) -> dict[str, float]:
 # --- words ----------------------------------------------------------------------------------------
 
 
-def _size(count: float) -> str:
+def in_words(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"
@@ -277,7 +277,9 @@ def _size(count: float) -> str:
 
 
 def _sizes(parts: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size) or "nothing"
+    return (
+        ", ".join(f"{name} {in_words(size)}" for name, size in parts.items() if size) or "nothing"
+    )
 
 
 def describe(plan: Plan) -> str:
@@ -317,14 +319,14 @@ def _program_lines(each: Plan) -> list[str]:
         lines.append(f"    beside it   {_sizes(each['beside'])}")
     if "peak" in each:
         work = {"arguments": each["arguments"], "activations": each["temporary"]}
-        lines.append(f"    peak        {_size(each['peak'])} ({_sizes(work)})")
+        lines.append(f"    peak        {in_words(each['peak'])} ({_sizes(work)})")
     if "flops" in each:
         lines.append(
             f"    computes    {each['flops']:.3e} FLOP (formula: {each['formula']:.3e}); "
-            f"moves {_size(each['memory'])} through HBM"
+            f"moves {in_words(each['memory'])} through HBM"
         )
         sent = ", ".join(
-            f"{_size(size)} by {each['calls'][name]:.0f} {name}"
+            f"{in_words(size)} by {each['calls'][name]:.0f} {name}"
             for name, size in each["sent"].items()
         )
         lines.append(f"    sends       {sent or 'nothing'}")

@@ -394,8 +394,8 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
     scorer = by(clip.RULES, jax.eval_shape(tower.init, key))
     decoder = by(vae.RULES, jax.eval_shape(coder.init, key))
     task = b2_method.Task(*known, scorer, decoder)
-    predict, reward = guided(net.apply, b2.guidance), clip_score(tower.embed)
     at_once = config.decode_per_device * stable_diffusion.devices_of(mesh)
+    predict, reward = guided(net.apply, b2.guidance), clip_score(tower.embed, at_once)
 
     @layout.lying(rows)
     def rollout(state: TrainState, task: b2_method.Task, key: Array) -> tuple[PyTree, Array]:
