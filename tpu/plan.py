@@ -269,6 +269,7 @@ def _seconds(found: Plan, topology: Topology) -> dict[str, float]:
 
 
 def in_words(count: float) -> str:
+    """So many bytes, in the largest unit that fits."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"
