@@ -15,6 +15,8 @@ from jaxalign.models import convolution, fused_attention
     ("window", "stride", "padding", "shape"),
     [
         (3, 1, (1, 1), (4, 6)),
+        (3, 1, (1, 1), (8, 10)),  # so many pixels that a CPU convolves
+        (3, 2, (0, 1), (10, 8)),
         (3, 2, (1, 1), (4, 6)),
         (3, 2, (0, 1), (6, 4)),
         (1, 1, (0, 0), (3, 2)),
@@ -56,17 +58,18 @@ def convolutions(function, *arguments, platform: str) -> int:
     return traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
 
 
-def test_gradients_on_a_cpu_are_no_convolutions():
-    """XLA:CPU's own are very slow inside loops; accelerators get theirs."""
-    x, kernel = jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 2))
+@pytest.mark.parametrize(("side", "on_cpu"), [(8, 1), (7, 0)])
+def test_gradients_on_a_cpu_are_no_convolutions(side, on_cpu):
+    """XLA:CPU's own are very slow inside loops, and for few pixels; accelerators get theirs."""
+    x, kernel = jnp.zeros((1, side, side, 2)), jnp.zeros((3, 3, 2, 2))
 
     def loss(x, kernel):
         return jnp.sin(convolution.convolve(x, kernel, 1, (1, 1))).sum()
 
-    for platform, expected in (("cpu", 1), ("tpu", 3), ("cuda", 3)):
-        assert convolutions(loss, x, kernel, platform=platform) == 1
-        both = jax.value_and_grad(loss, (0, 1))
-        assert convolutions(both, x, kernel, platform=platform) == expected, platform
+    both = jax.value_and_grad(loss, (0, 1))
+    for platform, forward, all_three in (("cpu", on_cpu, on_cpu), ("tpu", 1, 3), ("cuda", 1, 3)):
+        assert convolutions(loss, x, kernel, platform=platform) == forward
+        assert convolutions(both, x, kernel, platform=platform) == all_three, platform
 
 
 @pytest.mark.parametrize("argument", [0, 1])
