@@ -173,7 +173,8 @@ def make_problem(bench: Bench) -> Problem:
     )
     state = b2_diffurl.init(config, params, len(context), keys[1], LORA_RULE)
     predict = guided(networks.net.apply, config.guidance)
-    draw = jax.jit(functools.partial(b2_diffurl.sample, predict, config, world.image_shape, None))
+    shape, groups = world.image_shape, config.groups
+    draw = jax.jit(functools.partial(b2_diffurl.sample, predict, config, groups, shape, None))
     samples = draw(state, task, keys[2])
     score = jax.jit(
         lambda s, task: world.rewards["mixed"](s.pictures, _batch(config, task, s), task.reward)

@@ -2,9 +2,9 @@
 
     python -m experiments.evaluate_images [sd14 | tiny] --model DIR --lora FILE --rewards.clip DIR
 
-Leaves `result.json` (for each list of prompts and either model the mean reward and its interval
-over prompts, the pairwise distance of a prompt's pictures, and the reward of each prompt) and a
-grid of pictures a list and model. Without --lora the pipeline alone is evaluated.
+Leaves a report, a grid of pictures a list and model, and `result.json`: for each list of prompts
+and either model the mean reward and its interval over prompts, the pairwise distance of a prompt's
+pictures, and the reward of each prompt. Without --lora the pipeline alone is evaluated.
 
 Dimensions: P prompts, N pictures of each.
 """
@@ -34,6 +34,7 @@ from jaxalign.models import lora, lora_files
 from jaxalign.ops import diversity
 from jaxalign.rewards.host import to_uint8
 
+OF_PROMPT = "/reward of: "  # and the prompt, after LIST/MODEL
 LISTS = {"train": "training prompts", "heldout": "held-out prompts"}
 
 
@@ -130,9 +131,8 @@ def evaluate(config: Evaluation, sampling: Experiment, directory: Path) -> dict[
                 result[f"{prefix}/distance"] = float(
                     diversity.pairwise_distance(jnp.asarray(images)).mean()
                 )
-                result[f"{prefix}/prompts"] = {
-                    texts[row]: float(x) for row, x in zip(rows, reward, strict=True)
-                }
+                of_prompts = zip((texts[row] for row in rows), reward, strict=True)
+                result |= {f"{prefix}{OF_PROMPT}{text}": float(x) for text, x in of_prompts}
                 result |= named(f"{prefix}/reward", mean_interval(reward))
                 save_grid(directory / f"{name}-{model}.png", images)
     for name in lists:
@@ -153,7 +153,7 @@ def named(name: str, estimate: Estimate) -> dict[str, float]:
 
 def rewards_of(result: Mapping[str, Any], prefix: str) -> np.ndarray:
     """`[P]`: each prompt's mean reward."""
-    return np.array(list(result[f"{prefix}/prompts"].values()))
+    return np.array([x for name, x in result.items() if name.startswith(prefix + OF_PROMPT)])
 
 
 def save_grid(path: Path, images: np.ndarray) -> None:
@@ -189,6 +189,24 @@ def table(result: Mapping[str, Any], models: list[str]) -> str:
     return "\n".join(lines)
 
 
+def write_report(run: cli.Run, result: Mapping[str, Any]) -> Path:
+    """`report.html`: the numbers, and a grid of pictures for each list and model."""
+    models = ["base", "lora"] if run.config.lora else ["base"]
+    title = f"{run.name} {run.preset}"
+    parts = [f"<h1>{pages.safe(title)}</h1>", f"<p><code>{pages.safe(run.command)}</code></p>"]
+    parts.append(f"<pre>{pages.safe(table(result, models))}</pre>")
+    for name, words in LISTS.items():
+        for model in models:
+            picture = run.workdir / f"{name}-{model}.png"
+            if picture.exists():
+                caption = f"{words.capitalize()}, {model}: a row for each prompt."
+                parts.append(pages.figure(picture.stem, picture.read_bytes(), caption))
+    path = run.workdir / "report.html"
+    if distributed.is_main():
+        path.write_text(pages.document(title, parts), encoding="utf-8")
+    return path
+
+
 def run_all(run: cli.Run) -> None:
     """Every seed of the command line, one after the other."""
     stable_diffusion.check(sampling_of(run.config))
@@ -197,7 +215,7 @@ def run_all(run: cli.Run) -> None:
         result = evaluate(each.config, sampling, each.workdir)
         sinks.write_json(each.workdir / "result.json", result)
         print(table(result, ["base", "lora"] if each.config.lora else ["base"]))
-        print(f"numbers and pictures: {each.workdir}")
+        print(f"report: {write_report(each, result)}")
 
 
 if __name__ == "__main__":

@@ -135,9 +135,9 @@ def test_tiny_finishes_and_leaves_what_it_promises(finished):
     assert result
     assert all(isinstance(v, int | float | str) for v in result.values()), "flat, without nulls"
     rows = [path.read_text().splitlines() for path in workdir.rglob("metrics.jsonl")]
-    assert rows
     assert all(json.loads(line)["step"] == i for lines in rows for i, line in enumerate(lines))
-    assert any(path.is_dir() for path in workdir.rglob("ckpt"))
+    if "save_every" in config:  # it trains
+        assert rows and any(path.is_dir() for path in workdir.rglob("ckpt"))
     assert "</html>" in (workdir / "report.html").read_text(encoding="utf-8")
 
 

@@ -135,7 +135,7 @@ def test_evaluation_of_adapters(finished: Path, folders: Path, tmp_path: Path):
     evaluate_images.run_all(run)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     for name in ("train", "heldout"):
-        base, tuned = (list(result[f"{name}/{m}/prompts"].values()) for m in ("base", "lora"))
+        base, tuned = (evaluate_images.rewards_of(result, f"{name}/{m}") for m in ("base", "lora"))
         assert len(base) == 2
         assert result[f"{name}/gain"] == pytest.approx(np.mean(tuned) - np.mean(base), abs=1e-7)
         assert result[f"{name}/gain"] != 0
