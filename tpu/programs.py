@@ -262,7 +262,6 @@ def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh, depth: int | None = None
     decoding = r3hf_method.Decoding(source.response, (128_009,), 0)
     parts = r3hf_method.Parts(model, scalar.scores, scalar.scores, _no_gold, decoding)
 
-    @layout.lying(rows)
     def rollout(state: TrainState, task: r3hf_method.Task, key: Array) -> r3hf_method.Samples:
         policy = r3hf_method.policy_of(state.params)
         return r3hf_method.sample(parts, r3, rows, policy, task, key)

@@ -427,12 +427,13 @@ def make_iteration(
     """
     optimizer = make_optimizer(config)
 
-    @layout.lying(rows)
     def iteration(state: TrainState, task: Task, key: Array) -> tuple[TrainState, dict[str, Array]]:
         sample_key, credit_key, learn_key = jax.random.split(key, 3)
         samples = sample(parts, config, rows, policy_of(state.params), task, sample_key)
-        batch, metrics = estimate(parts, config, state, samples, credit_key)
-        state, log = learn(parts, config, optimizer, rows, state, batch, learn_key)
+        # Not the sampling: a row a step is less to send than a model's parameters.
+        with layout.lying(rows):
+            batch, metrics = estimate(parts, config, state, samples, credit_key)
+            state, log = learn(parts, config, optimizer, rows, state, batch, learn_key)
         # Before the first optimizer step the policy is the one that sampled: this must be 0.
         metrics["ratio_error"] = log.pop("ratio_error")[0]
         # The first epoch sees each response once, the policy hardly moved.

@@ -4,7 +4,8 @@ Parameters may lie in parts over the very axis that a batch is spread over (`fsd
 then has a choice at every product: to bring the parameter's parts together, or to cut the
 activations along their features and add them up over the devices, which sends far more once rows
 are many. `lying` takes the choice away: layers keep their outputs as the batch lies, and so
-parameters are what is sent (ZeRO, Rajbhandari et al. 2020, stage 3).
+parameters are what is sent (ZeRO, Rajbhandari et al. 2020, stage 3). Decoding, which computes one
+token a row at a time, is better off without.
 """
 
 from __future__ import annotations
