@@ -23,7 +23,7 @@ from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, PyTree, UserError
 from jaxalign.methods import b2_diffurl as b2_method
 from jaxalign.methods import r3hf as r3hf_method
-from jaxalign.models import clip, layout, llama, unet, vae
+from jaxalign.models import clip, llama, unet, vae
 from jaxalign.ops.chunks import map_chunks
 from jaxalign.rollout.diffusion import Rollout, guided, level_sizes
 
@@ -266,7 +266,6 @@ def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh, depth: int | None = None
         policy = r3hf_method.policy_of(state.params)
         return r3hf_method.sample(parts, r3, rows, policy, task, key)
 
-    @layout.lying(rows)
     def update(
         state: TrainState, task: r3hf_method.Task, samples: r3hf_method.Samples, key: Array
     ) -> tuple[TrainState, PyTree]:
@@ -396,7 +395,6 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
     at_once = config.decode_per_device * stable_diffusion.devices_of(mesh)
     predict, reward = guided(net.apply, b2.guidance), clip_score(tower.embed, at_once)
 
-    @layout.lying(rows)
     def rollout(state: TrainState, task: b2_method.Task, key: Array) -> tuple[PyTree, Array]:
         groups = b2.groups // chunks
         samples = b2_method.sample(predict, b2, groups, shape, rows, state, task, key)
@@ -405,7 +403,6 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
         batch = {"target": task.target[jnp.repeat(samples.prompt, b2.leaves)]}
         return samples, reward(pictures, batch, task.reward)
 
-    @layout.lying(rows)
     def update(
         state: TrainState, task: b2_method.Task, samples: PyTree, rewards: Array, key: Array
     ) -> tuple[TrainState, PyTree]:

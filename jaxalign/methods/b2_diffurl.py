@@ -38,7 +38,7 @@ from jaxalign.core import state as states
 from jaxalign.core import step as steps
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, Max, Mean, Params, PyTree, UserError
-from jaxalign.models import layout, lora
+from jaxalign.models import lora
 from jaxalign.ops import diffusion
 from jaxalign.ops import policy_gradient as pg
 from jaxalign.ops.diffusion import Sampler, StepWeight
@@ -561,7 +561,6 @@ def make_stage(
     """
     groups, optimizer = _chunk_groups(config, chunks, rows), make_optimizer(config)
 
-    @layout.lying(rows)
     def stage(state: TrainState, task: Task, key: Array) -> tuple[TrainState, dict[str, Array]]:
         def draw(key: Array) -> tuple[Samples, Array]:
             samples = sample(predict, config, groups, shape, rows, state, task, key)
@@ -618,14 +617,12 @@ def make_host_stage(
     split = jax.jit(functools.partial(_stage_keys, chunks=chunks))
 
     @jax.jit
-    @layout.lying(rows)
     def rollout(state: TrainState, task: Task, key: Array) -> tuple[Samples, Array, dict[str, Any]]:
         samples = sample(predict, config, groups, shape, rows, state, task, key)
         pictures = to_uint8(decode(task.decoder, samples.pictures))
         return samples, pictures, _reward_batch(config, task, samples.prompt)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    @layout.lying(rows)
     def learn(
         state: TrainState, task: Task, parts: list[Samples], rewards: list[Array], key: Array
     ) -> tuple[TrainState, dict[str, Array]]:

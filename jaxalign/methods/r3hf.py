@@ -39,7 +39,7 @@ from jaxalign.core import step as steps
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, LanguageModel, Max, Mean, Params, PyTree, UserError
 from jaxalign.data.preferences import Prompts
-from jaxalign.models import layout, lora
+from jaxalign.models import lora
 from jaxalign.models.scalar_head import attach_head
 from jaxalign.ops import policy_gradient as pg
 from jaxalign.ops import redistribution as rd
@@ -430,10 +430,8 @@ def make_iteration(
     def iteration(state: TrainState, task: Task, key: Array) -> tuple[TrainState, dict[str, Array]]:
         sample_key, credit_key, learn_key = jax.random.split(key, 3)
         samples = sample(parts, config, rows, policy_of(state.params), task, sample_key)
-        # Not the sampling: a row a step is less to send than a model's parameters.
-        with layout.lying(rows):
-            batch, metrics = estimate(parts, config, state, samples, credit_key)
-            state, log = learn(parts, config, optimizer, rows, state, batch, learn_key)
+        batch, metrics = estimate(parts, config, state, samples, credit_key)
+        state, log = learn(parts, config, optimizer, rows, state, batch, learn_key)
         # Before the first optimizer step the policy is the one that sampled: this must be 0.
         metrics["ratio_error"] = log.pop("ratio_error")[0]
         # The first epoch sees each response once, the policy hardly moved.

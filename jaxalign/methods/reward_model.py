@@ -29,7 +29,6 @@ from jaxalign.core import step as steps
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, Max, Mean, Params, PyTree, UserError
 from jaxalign.data.preferences import Pairs, Responses
-from jaxalign.models import layout
 from jaxalign.ops import redistribution as rd
 
 Scores = Callable[[Params, Array, Array], Array]
@@ -136,7 +135,6 @@ def make_step(scores: Scores, config: Config, rows: NamedSharding | None = None)
     def objective(params: Params, batch: Pairs, key: Array) -> tuple[Mean, dict[str, Mean | Max]]:
         return preference_loss(scores, params, batch, key)
 
-    @layout.lying(rows)
     def step(state: TrainState, data: Pairs, key: Array) -> tuple[TrainState, dict]:
         return _update(objective, config, rows, state, data, data.chosen.ids.shape[0], key)
 
@@ -153,7 +151,6 @@ def make_calibration_step(
     labels are not needed. length: T. rows: how a batch lies on a mesh.
     """
 
-    @layout.lying(rows)
     def step(state: TrainState, data: Responses, key: Array) -> tuple[TrainState, dict]:
         teacher = state.slow["teacher"]
 

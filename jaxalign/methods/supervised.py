@@ -21,7 +21,6 @@ from jaxalign.core import step as steps
 from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, LanguageModel, Max, Mean, Params, UserError
 from jaxalign.data.preferences import Responses
-from jaxalign.models import layout
 from jaxalign.ops.sampling import Sampling
 from jaxalign.rollout import decode
 
@@ -85,7 +84,6 @@ def make_step(
     ) -> tuple[Mean, dict[str, Mean | Max]]:
         return loss(model, length, params, batch, key)
 
-    @layout.lying(rows)
     def step(state: TrainState, data: Responses, key: Array) -> tuple[TrainState, dict]:
         row = jax.random.randint(key, (config.batch,), 0, data.ids.shape[0])
         if rows is not None:

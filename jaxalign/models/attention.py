@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array, LanguageModel, Params
-from jaxalign.models import layout
 
 
 class KeyValue(NamedTuple):
@@ -94,8 +93,7 @@ def _attend_slots(query: Array, cache: KeyValue, visible: Array) -> Array:
 def head(hidden: Array, table: Array) -> Array:
     """Logits `[..., V] f32` of hidden `[..., D]` by a table `[V, D]`, accumulated in f32."""
     table = table.astype(hidden.dtype)
-    logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-    return layout.keep(logits)
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
 class Head(nn.Module):

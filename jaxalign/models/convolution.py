@@ -26,7 +26,6 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array
-from jaxalign.models import layout
 from jaxalign.models.dense import Dense
 
 # Rows and columns of zeros before and after a side.
@@ -138,8 +137,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        out = convolve(x, kernel, self.stride, self.padding) + bias[None, None, None]
-        return layout.keep(out)
+        return convolve(x, kernel, self.stride, self.padding) + bias[None, None, None]
 
 
 def pointwise(features: int, dtype: DTypeLike, name: str | None = None) -> Conv:

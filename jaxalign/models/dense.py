@@ -9,12 +9,11 @@ from __future__ import annotations
 import flax.linen as nn
 
 from jaxalign.core.types import Array
-from jaxalign.models import layout
 
 
 class Dense(nn.Dense):
     """The same layer with the same parameters, `[..., D]` -> `[..., features]`."""
 
     def __call__(self, inputs: Array) -> Array:
-        out = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
-        return layout.keep(out.reshape(*inputs.shape[:-1], self.features))
+        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+        return rows.reshape(*inputs.shape[:-1], self.features)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array, LanguageModel, UserError
-from jaxalign.models import attention, hub, layout
+from jaxalign.models import attention, hub
 from jaxalign.models.attention import Cache, KeyValue
 from jaxalign.models.dense import Dense
 
@@ -140,7 +140,7 @@ class Gpt2(nn.Module):
 
         visible: `[B, S, L] bool`; cache: one entry a layer, all None (then L = S) or none.
         """
-        x = layout.keep(self.token(ids) + self.position(position))
+        x = self.token(ids) + self.position(position)
         layers = []
         for block, layer in zip(self.block, cache, strict=True):
             x, layer = block(x, visible, layer, index)
