@@ -156,8 +156,9 @@ def out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
-# How far outcomes may differ, of their length: sums are taken in another order, in these dtypes.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+# How far outcomes may differ, of their length. Late steps have little noise and gradients divide by
+# it: those of bfloat16 are a fifth away from those of float32, torch's as ours.
+TOLERANCE = {"float32": 1e-2, "bfloat16": 0.4}
 
 
 class Differs(Exception):

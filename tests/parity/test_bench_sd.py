@@ -41,7 +41,7 @@ def test_pictures_from_the_same_noise(problem):
     assert bench_sd.check_same(problem, ours, program.outcome(), "diffusers") < 1e-4
     drawn = theirs.Rollout(made, SETTING, compiled=False).run()
     assert [tuple(a.shape) for a in drawn] == [(4, 8, 4, 4, 4), (3, 8)]
-    config = dataclasses.replace(problem.config, guidance=4.9)
+    config = dataclasses.replace(problem.config, guidance=2.0)
     other = theirs.Diffusers(problem._replace(config=config), "rollout", None)
     outcome = other.program(SETTING, compiled=False).outcome()
     with pytest.raises(bench_sd.Differs, match="guided otherwise"):
