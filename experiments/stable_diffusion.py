@@ -260,14 +260,19 @@ def make_drawing(
 ) -> Callable[[Params, Sequence[int], Array], Drawn]:
     """`(params of the U-Net, prompts by number, key) -> Drawn`; of a key always the same noise."""
     decode, score = make_decode(lab, config), make_score(lab)
-    predict = guided(lab.model.unet.apply, b2.guidance)
-    chunk = config.groups_per_device * b2.leaves * devices_of(lab.mesh)
+    predict, devices = guided(lab.model.unet.apply, b2.guidance), devices_of(lab.mesh)
+    chunk, rows_lie = (
+        config.groups_per_device * b2.leaves * devices,
+        meshes.batch_sharding(lab.mesh),
+    )
 
     @jax.jit
     def draw(
         params: Params, task: b2_diffurl.Task, prompt: Array, key: Array
     ) -> tuple[Array, Array]:
         def some(numbered: Array) -> Array:
+            if len(numbered) % devices == 0:  # or every device would draw all of them
+                numbered = jax.lax.with_sharding_constraint(numbered, rows_lie)
             start_key, path_key = jax.random.split(jax.random.fold_in(key, numbered[0, 0]))
             start = jax.random.normal(start_key, (len(numbered), *lab.shape))
             context = task.rows(numbered[:, 1])
