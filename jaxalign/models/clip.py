@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array, Params, UserError
 from jaxalign.models import hub
-from jaxalign.models.clip_text import Encoder, norm
+from jaxalign.models.clip_text import Encoder, check_heads, norm
 from jaxalign.models.dense import Dense
 
 # Every matrix over `fsdp`, along an axis that any width divides; the patches' by its features.
@@ -58,11 +58,7 @@ class Config:
     eps: float = 1e-5
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise UserError(
-                f"hidden_size {self.width}: must divide by num_attention_heads {self.heads}; "
-                "change one"
-            )
+        check_heads(self.width, self.heads)
         if self.side % self.patch:
             raise UserError(
                 f"image_size {self.side}: must divide by patch_size {self.patch}; change one"

@@ -51,11 +51,15 @@ class Config:
     eps: float = 1e-5
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise UserError(
-                f"hidden_size {self.width}: must divide by num_attention_heads {self.heads}; "
-                "change one"
-            )
+        check_heads(self.width, self.heads)
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raises UserError where a transformer's width cannot be shared out among its heads."""
+    if width % heads:
+        raise UserError(
+            f"hidden_size {width}: must divide by num_attention_heads {heads}; change one"
+        )
 
 
 class States(NamedTuple):
