@@ -21,7 +21,7 @@ from jaxalign.core.state import TrainState
 from jaxalign.core.types import Array, Params, PyTree
 from jaxalign.methods import b2_diffurl
 from jaxalign.models import lora, unet
-from jaxalign.models.stable_diffusion import LORA_RULE
+from jaxalign.models.lora_files import RULE
 from jaxalign.ops import diffusion
 from jaxalign.ops.diffusion import Sampler
 from jaxalign.rollout.diffusion import Context, denoise, guided, step_out
@@ -121,7 +121,7 @@ def make_problem(size: Size, steps: int, seed: int) -> Problem:
     base = jax.eval_shape(init, jax.random.key(0))
 
     def adapters(key: Array) -> Params:
-        return lora.init_lora(key, base, config.lora_rank, LORA_RULE)
+        return lora.init_lora(key, base, config.lora_rank, RULE)
 
     params = {
         "model": random_params(init, (seed, 0)),
@@ -295,7 +295,7 @@ class Ours:
 
 def init_state(params: Params, config: b2_diffurl.Config) -> TrainState:
     """Before the first step, with these adapters."""
-    fresh = b2_diffurl.init(config, params["model"], 1, jax.random.key(0), LORA_RULE)
+    fresh = b2_diffurl.init(config, params["model"], 1, jax.random.key(0), RULE)
     return fresh._replace(params=params)
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, pages, stable_diffusion
+from experiments.comparison import LISTS
 from experiments.image_rewards import Rewards
 from experiments.stable_diffusion import Experiment, Lab
 from experiments.statistics import Estimate, mean_interval, paired_difference
@@ -35,7 +36,6 @@ from jaxalign.ops import diversity
 from jaxalign.rewards.host import to_uint8
 
 OF_PROMPT = "/reward of: "  # and the prompt, after LIST/MODEL
-LISTS = {"train": "training prompts", "heldout": "held-out prompts"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,8 @@ def write_report(run: cli.Run, result: Mapping[str, Any]) -> Path:
                 parts.append(pages.figure(picture.stem, picture.read_bytes(), caption))
     path = run.workdir / "report.html"
     if distributed.is_main():
-        path.write_text(pages.document(title, parts), encoding="utf-8")
+        with sinks.replacing(path) as temporary:
+            temporary.write_text(pages.document(title, parts), encoding="utf-8")
     return path
 
 

@@ -354,8 +354,7 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
     """
     del seeds  # one after the other
     from experiments import stable_diffusion
-    from jaxalign.models import clip_folders, diffusers_folders
-    from jaxalign.models.stable_diffusion import LORA_RULE
+    from jaxalign.models import clip_folders, diffusers_folders, lora_files
     from jaxalign.ops import diffusion
     from jaxalign.rewards.clip_score import clip_score
 
@@ -380,7 +379,7 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
         return spread(tree, meshes.shardings(tree, mesh, rules))
 
     base = jax.eval_shape(net.init, key)
-    make = functools.partial(b2_method.init, b2, prompts=count, lora_rule=LORA_RULE)
+    make = functools.partial(b2_method.init, b2, prompts=count, lora_rule=lora_files.RULE)
     state = by(unet.RULES, jax.eval_shape(lambda p, key: make(p, key=key), base, key))
     state = state._replace(extra=state.extra._replace(suffix=np.int32(b2.suffix_stop)))
     alphas = diffusion.scaled_linear_alphas()

@@ -19,14 +19,12 @@ from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array, Model, Params, PyTree
 from jaxalign.models import diffusers_folders as folders
-from jaxalign.models import lora_files
 from jaxalign.models.clip_text import States
 from jaxalign.models.diffusers_folders import Schedule
 from jaxalign.models.unet import Conditions
 from jaxalign.models.vae import Autoencoder
 from jaxalign.models.weights import Shardings
 
-LORA_RULE = lora_files.RULE
 PROMPTS_AT_ONCE = 32
 
 
