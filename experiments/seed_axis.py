@@ -51,7 +51,7 @@ def spread(
     common lie everywhere.
     """
     everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    dealt = seeds % math.prod(mesh.shape[axis] for axis in meshes.data_axes(mesh)) == 0
+    dealt = seeds % meshes.data_devices(mesh) == 0
     state = jax.tree.map(
         lambda leaf: distributed.put(leaf, rows if dealt and leaf.ndim else everywhere), state
     )

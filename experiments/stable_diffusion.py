@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,11 +117,6 @@ def read_prompts(config: Experiment) -> Split:
     return Split(tuple(read_prompt_file(config.prompts)), ())
 
 
-def devices_of(mesh: jax.sharding.Mesh) -> int:
-    """How many devices share a batch."""
-    return math.prod(mesh.shape[axis] for axis in meshes.data_axes(mesh))
-
-
 def method_of(config: Experiment, arm: str, mesh: jax.sharding.Mesh) -> b2_diffurl.Config:
     """An arm's settings on this mesh.
 
@@ -130,12 +124,12 @@ def method_of(config: Experiment, arm: str, mesh: jax.sharding.Mesh) -> b2_diffu
     """
     b2 = ARMS[arm](config.b2)
     meshes.check_divisible(f"groups of arm {arm}", b2.groups, mesh)
-    return dataclasses.replace(b2, micro_batch=config.pairs_per_device * devices_of(mesh))
+    return dataclasses.replace(b2, micro_batch=config.pairs_per_device * meshes.data_devices(mesh))
 
 
 def chunks_of(config: Experiment, b2: b2_diffurl.Config, mesh: jax.sharding.Mesh) -> int:
     """The fewest parts of a stage's groups of which each device holds `groups_per_device`."""
-    devices = devices_of(mesh)
+    devices = meshes.data_devices(mesh)
     each = b2.groups // devices
     fits = (
         n for n in range(1, each + 1) if each % n == 0 and each // n <= config.groups_per_device
@@ -181,9 +175,10 @@ def make_lab(config: Experiment) -> Lab:
 
     prompts = read_prompts(config)
     both = [*prompts.train, *prompts.heldout]
-    at_once = config.decode_per_device * devices_of(mesh)
+    at_once = config.decode_per_device * meshes.data_devices(mesh)
     opened = image_rewards.open_rewards(config.rewards, both, dtype, shardings, at_once)
-    model = stable_diffusion.load(config.model, dtype, shardings=shardings, remat=True)
+    rows = meshes.batch_sharding(mesh)
+    model = stable_diffusion.load(config.model, dtype, shardings=shardings, remat=True, rows=rows)
     shape = latent_shape(config, model.side, model.channels, model.vae.shrink)
     pixels = shape[0] * model.vae.shrink
     embedded = stable_diffusion.embed_prompts(config.model, [*both, ""], pixels, dtype)
@@ -210,7 +205,7 @@ def make_task(
 
 def make_decode(lab: Lab, config: Experiment) -> b2_diffurl.Decode:
     """Latents to pictures, a chunk at a time."""
-    chunk = config.decode_per_device * devices_of(lab.mesh)
+    chunk = config.decode_per_device * meshes.data_devices(lab.mesh)
 
     def decode(params: PyTree, latents: Array) -> Array:
         return map_chunks(functools.partial(lab.model.vae.decode, params), latents, chunk)
@@ -260,7 +255,7 @@ def make_drawing(
 ) -> Callable[[Params, Sequence[int], Array], Drawn]:
     """`(params of the U-Net, prompts by number, key) -> Drawn`; of a key always the same noise."""
     decode, score = make_decode(lab, config), make_score(lab)
-    predict, devices = guided(lab.model.unet.apply, b2.guidance), devices_of(lab.mesh)
+    predict, devices = guided(lab.model.unet.apply, b2.guidance), meshes.data_devices(lab.mesh)
     chunk, rows_lie = (
         config.groups_per_device * b2.leaves * devices,
         meshes.batch_sharding(lab.mesh),

@@ -4,7 +4,8 @@ The text is that of `jax.stages.Compiled.as_text()`, one device's program after 
 `while` counts as often as its condition lets it turn where start and end are constants, and
 `turns` times where data end it; a choice counts its dearest branch.
 
-  flops         of convolutions and products; positions in the padding of a window do not count
+  flops         of convolutions and products; positions in the padding of a window do not count,
+                nor does what is inside of a Pallas kernel
   memory        bytes read from and written to HBM by each fusion; what stays in on-chip memory,
                 marked `S(1)` in layouts, does not count, nor what a slice leaves of an array
   interconnect  bytes that a chip sends, by collective, as rings send them: (n - 1) / n of the whole
@@ -143,6 +144,11 @@ def _attribute(rest: str, name: str) -> str | None:
     return found[1] if found else None
 
 
+def _renames(instruction: Instruction) -> bool:
+    """Whether the instruction only sees parts that lie side by side as one array."""
+    return instruction.opcode == "custom-call" and '"ConcatBitcast"' in instruction.rest
+
+
 def _collective(instruction: Instruction) -> str | None:
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in COLLECTIVES else None
@@ -167,7 +173,7 @@ class _Reader:
         return self.known[name]
 
     def _instruction(self, around: dict[str, Instruction], it: Instruction) -> Tally:
-        if it.opcode in FREE or it.opcode.endswith("-done"):
+        if it.opcode in FREE or it.opcode.endswith("-done") or _renames(it):
             return Tally()
         if it.opcode == "while":
             body = _attribute(it.rest, "body")

@@ -1,7 +1,7 @@
 """What a run needs of a TPU slice, known before it is rented: memory, time at best, and its price.
 
     python -m tpu.plan NAME PRESET [--field value ...] [--mesh data=-1,fsdp=8] [--seeds N] \\
-        --topology v5litepod-256[,v5p-128,...] [--save tpu/plans] [--layers 2,4]
+        --topology v5litepod-256[,v5p-128,...] [--save tpu/plans] [--layers 2,4] [--quick]
     python -m tpu.plan --table            rebuilds tpu/PLANS.md from tpu/plans/*.json
 
 NAME, PRESET and fields are those of `python -m experiments.NAME`. The programs that the run would
@@ -12,6 +12,10 @@ time that the slowest of the three needs at least: no step is faster, real ones 
 
 A language model's layers are all alike, and 32 of them take the compiler half an hour: `--layers
 2,4` compiles it with two and with four, and extends the line through both to the model's own depth.
+
+With `--quick` the compiler looks for a program in an eighth of the time or less, and finds one with
+the same operations and collectives that moves up to twice the bytes through HBM, as it keeps less
+on the chip. Runs compile without it.
 
 Exit codes: 0 the run fits one of the slices, 1 it fits none (one line each says by how much), 2 the
 user can mend it. Without the compiler shapes alone are added up, and the plan says so: what a
@@ -31,7 +35,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +51,7 @@ from tpu.programs import PROGRAMS, Program, bytes_a_device
 from tpu.topologies import Topology, find
 
 FITS, FITS_NOT, USER_ERROR = 0, 1, 2
+QUICK = {"xla_optimization_level": "EFFORT_O0"}
 PRICES = {"v4": 3.22, "v5e": 1.20, "v5p": 4.20, "v6e": 2.70}
 # What libtpu asks of its surroundings; a compiler needs none of it.
 SURROUNDINGS = {
@@ -75,22 +80,27 @@ def make(
     *,
     compiling: bool = True,
     layers: tuple[int, int] | None = None,
+    quick: bool = False,
 ) -> Plan:
     """The plan of a run on a slice, as what JSON can hold.
 
     compiling: with the TPU's compiler; else from shapes, over devices that this process has.
-    layers: two depths to compile at, of a language model.
+    layers: two depths to compile at, of a language model. quick: with little optimization.
     Raises: UserError where the mesh does not fit the slice.
     """
     devices = slice_devices(topology) if compiling else jax.devices()[: topology.devices]
     mesh = meshes.make_mesh(meshes.parse_mesh(run.config.mesh), devices)
     # Plans are of chips; where a chip is two devices, each has half of it.
     share = topology.devices // topology.chips
+    options = (QUICK if quick else {}) if compiling else None
+
+    def needs(program: Program) -> Plan:
+        return _program(program, topology, share, options)
+
     if layers:
-        found = _extended(run, mesh, topology, share, compiling, layers)
+        found = _extended(run, mesh, layers, needs)
     else:
-        programs = PROGRAMS[run.name](run.config, run.seeds, mesh)
-        found = [_program(each, topology, share, compiling) for each in programs]
+        found = [needs(each) for each in PROGRAMS[run.name](run.config, run.seeds, mesh)]
     for each in found:
         _judge(each, topology, share)
     plan: Plan = {
@@ -103,6 +113,7 @@ def make(
         "mesh": dict(mesh.shape),
         "compiled": compiling,
         "layers": layers,
+        "quick": quick and compiling,
         "available": topology.available_bytes,
         "programs": found,
         "refused": next((each["refused"] for each in found if each["refused"]), None),
@@ -121,18 +132,13 @@ def make(
 def _extended(
     run: cli.Run,
     mesh: jax.sharding.Mesh,
-    topology: Topology,
-    share: int,
-    compiling: bool,
     layers: tuple[int, int],
+    needs: Callable[[Program], Plan],
 ) -> list[Plan]:
     """The programs at the model's own depth, on the line through two small ones."""
     depth = programs_of.language_sizes(run.config).depth
     few, more = (
-        [
-            _program(each, topology, share, compiling)
-            for each in programs_of.r3hf(run.config, run.seeds, mesh, count)
-        ]
+        [needs(each) for each in programs_of.r3hf(run.config, run.seeds, mesh, count)]
         for count in layers
     )
     times = (depth - layers[0]) / (layers[1] - layers[0])
@@ -181,8 +187,10 @@ def _total(programs: Sequence[Plan], name: str) -> float:
     return sum(each["times"] * each["seconds"][name] for each in programs)
 
 
-def _program(program: Program, topology: Topology, share: int, compiling: bool) -> Plan:
-    """What one program needs of a chip."""
+def _program(
+    program: Program, topology: Topology, share: int, options: Mapping[str, str] | None
+) -> Plan:
+    """What one program needs of a chip. options: of the compiler; None does without it."""
     parts = {"held": program.held, "within": program.within, "beside": program.beside}
     found: Plan = {"name": program.name, "times": program.times, "refused": None}
     for name, trees in parts.items():
@@ -191,8 +199,9 @@ def _program(program: Program, topology: Topology, share: int, compiling: bool) 
     counted = cost.count(program.function, *program.arguments, turns=program.turns)
     found["formula"] = counted.flops / topology.chips
     found["exchanged"] = program.exchanged and share * program.exchanged
-    if compiling:
-        found |= _compiled(program, topology, share)
+    if options is not None:
+        kernels = counted.kernels / topology.chips
+        found |= _compiled(program, share, kernels, dict(options))
     return found
 
 
@@ -206,11 +215,11 @@ def _judge(found: Plan, topology: Topology, share: int) -> None:
         found["seconds"] = _seconds(found, topology)
 
 
-def _compiled(program: Program, topology: Topology, share: int) -> Plan:
-    """What the compiler says."""
+def _compiled(program: Program, share: int, kernels: float, options: dict[str, str]) -> Plan:
+    """What the compiler says. kernels: operations in Pallas's, of which it says nothing."""
     began = time.monotonic()
     try:
-        made = lower(program).compile()
+        made = lower(program).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -224,7 +233,7 @@ def _compiled(program: Program, topology: Topology, share: int) -> Plan:
         "temporary": share * sizes.temp_size_in_bytes,
         "code": share * sizes.generated_code_size_in_bytes,
         "peak": share * (held + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes),
-        "flops": does.flops,
+        "flops": does.flops + kernels,
         "memory": does.memory,
         "sent": dict(does.sent),
         "calls": dict(does.calls),
@@ -293,6 +302,8 @@ def describe(plan: Plan) -> str:
         lines.append("  from shapes alone, as the TPU compiler is not installed (extra `tpu`)")
     if plan["layers"]:
         lines.append("  extended from depths {} and {}".format(*plan["layers"]))
+    if plan["quick"]:
+        lines.append("  compiled with --quick: bytes through HBM are too many, up to twice")
     for each in plan["programs"]:
         lines += _program_lines(each)
     if plan["refused"]:
@@ -350,12 +361,13 @@ def cheapest(plans: Sequence[Plan]) -> str:
 
 
 class Asked(NamedTuple):
-    """What a command line asks for. folder: to save plans in. layers: as in `make`."""
+    """What a command line asks for. folder: to save plans in. layers, quick: as in `make`."""
 
     run: cli.Run
     slices: list[Topology]
     folder: Path | None
     layers: tuple[int, int] | None
+    quick: bool
 
 
 def parse(argv: Sequence[str]) -> Asked:
@@ -371,6 +383,8 @@ def parse(argv: Sequence[str]) -> Asked:
                 raise UserError(f"{flag}: a value is missing; give one")
             own[flag] = words[at + 1]
             del words[at : at + 2]
+    if quick := "--quick" in words:
+        words.remove("--quick")
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
         raise UserError(
             "say NAME PRESET, as in python -m tpu.plan hiql small --topology v5litepod-8"
@@ -383,7 +397,7 @@ def parse(argv: Sequence[str]) -> Asked:
     run = cli.parse(words[0], module.PRESETS, words[1], words[1:])
     slices = [find(name) for name in own["--topology"].split(",")]
     folder = Path(own["--save"]) if own["--save"] else None
-    return Asked(run, slices, folder, _layers(run, own["--layers"]))
+    return Asked(run, slices, folder, _layers(run, own["--layers"]), quick)
 
 
 def _layers(run: cli.Run, text: str) -> tuple[int, int] | None:
@@ -418,16 +432,17 @@ def main(argv: Sequence[str]) -> int:
     if list(argv) == ["--table"]:
         print(plan_table.build())
         return FITS
-    run, slices, folder, layers = parse(argv)
+    run, slices, folder, layers, quick = parse(argv)
     prepare(slices, compiling=has_compiler())
     plans = []
     for topology in slices:
-        plan = make(run, topology, compiling=has_compiler(), layers=layers)
+        plan = make(run, topology, compiling=has_compiler(), layers=layers, quick=quick)
         plans.append(plan)
         print(describe(plan), flush=True)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{_slug(run.command)}-{topology.name}.json"
+            how = "-quick" if plan["quick"] else ""
+            path = folder / f"{_slug(run.command)}-{topology.name}{how}.json"
             path.write_text(json.dumps(plan, indent=1) + "\n")
     if all(plan["refused"] for plan in plans):
         return FITS_NOT

@@ -112,6 +112,8 @@ def _need(plan: Plan, columns: Sequence[str]) -> list[str]:
     name = plan["topology"]
     if plan.get("layers"):
         name += " (depths {}, {})".format(*plan["layers"])
+    if plan.get("quick"):
+        name += " (quick)"
     row = [name, mesh, *(f"{sizes.get(name, 0) / GIB:.2f}" for name in columns)]
     if plan["refused"]:
         return [*row, "**does not fit**", "", "", "", "", _figures(plan["refused"]), ""]
@@ -202,7 +204,7 @@ def _scaling(plans: Sequence[Plan]) -> str:
     rows = []
     for plan in (plan for plan in plans if not plan["refused"]):
         sent, chips = _sent(plan), plan["chips"]
-        predicted = sum(each["times"] * each["exchanged"] for each in plan["programs"])
+        predicted = sum(each["times"] * (each["exchanged"] or 0) for each in plan["programs"])
         ratio = f"{sent / predicted:.3f}"
         rows.append(
             [

@@ -94,7 +94,7 @@ def sum_over(devices: int, size: float) -> float:
 def _deal(state: PyTree, seeds: int, mesh: Mesh) -> tuple[PyTree, NamedSharding | None]:
     """As `experiments.seed_axis.spread`: seeds are dealt out where they divide, else rows are."""
     everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    dealt = seeds % math.prod(mesh.shape[axis] for axis in meshes.data_axes(mesh)) == 0
+    dealt = seeds % meshes.data_devices(mesh) == 0
     where = jax.tree.map(lambda leaf: rows if dealt and leaf.ndim else everywhere, state)
     return spread(state, where), None if dealt else rows
 
@@ -367,7 +367,7 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
         sizes = diffusers_folders.read_unet_config(config.model)
         coding = diffusers_folders.read_vae_config(config.model)
     eyes = clip_folders.describe(config.rewards.clip).vision if config.rewards.clip else CLIP_H
-    net, coder = unet.unet(sizes, dtype, remat=True), vae.autoencoder(coding, dtype)
+    net, coder = unet.unet(sizes, dtype, remat=True, rows=rows), vae.autoencoder(coding, dtype)
     tower = clip.vision(eyes, clip.Normalisation(), dtype)
     b2 = stable_diffusion.method_of(config, config.arms[0], mesh)
     chunks = stable_diffusion.chunks_of(config, b2, mesh)
@@ -391,7 +391,7 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
     scorer = by(clip.RULES, jax.eval_shape(tower.init, key))
     decoder = by(vae.RULES, jax.eval_shape(coder.init, key))
     task = b2_method.Task(*known, scorer, decoder)
-    at_once = config.decode_per_device * stable_diffusion.devices_of(mesh)
+    at_once = config.decode_per_device * meshes.data_devices(mesh)
     predict, reward = guided(net.apply, b2.guidance), clip_score(tower.embed, at_once)
 
     def rollout(state: TrainState, task: b2_method.Task, key: Array) -> tuple[PyTree, Array]:
@@ -438,8 +438,28 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
             (0,),
             {**held, "trajectories": samples},
             turns=turns,
+            exchanged=b2.epochs * b2.updates * turns * _exchanged(b2, state, shape, dtype, mesh),
         ),
     ]
+
+
+def _exchanged(
+    b2: b2_method.Config, state: TrainState, shape: tuple[int, ...], dtype: Any, mesh: Mesh
+) -> float:
+    """Bytes that a device has to send in a micro-batch: for gradients and for shuffled pairs.
+
+    Gradients of adapted matrices are summed as they come out of the backward pass, before they
+    become gradients of the adapters. Each device gets its pairs' two latents from those that drew
+    them as a sum in which all others have zeros.
+    """
+    trained: Any = state.params["model"]
+    gradients = 4 * sum(leaf.size for leaf in jax.tree.leaves(trained))
+    if b2.lora_rank:
+        adapters = state.params["lora"].values()
+        matrices = sum(each["down"].shape[0] * each["up"].shape[1] for each in adapters)
+        gradients = dtype.itemsize * matrices
+    pairs = 2 * b2.micro_batch * 4 * math.prod(shape)
+    return sum_over(meshes.data_devices(mesh), gradients + pairs)
 
 
 def _conditions(sizes: unet.Config, count: int) -> PyTree:

@@ -3,8 +3,9 @@
 XLA's own count takes the body of a loop once, however often it runs. This one walks the program
 as JAX traced it: a scan counts its body `length` times, a while loop as often as its condition
 `i < n` allows (the most that integers of the program let n - i be), a choice counts its dearest
-branch, and what rematerialisation computes again is there to be counted. Operations on single
-elements are left out: beside a product they cost next to nothing.
+branch, a Pallas kernel each point of its grid, and what rematerialisation computes again is there
+to be counted. Operations on single elements are left out: beside a product they cost next to
+nothing.
 
 Nothing is computed and nothing allocated: arguments may be `jax.ShapeDtypeStruct`.
 """
@@ -23,18 +24,21 @@ from jax.extend import core as jex
 class Cost(NamedTuple):
     """flops: additions and multiplications, all devices together.
 
+    kernels: those of them that are in Pallas's kernels, which XLA does not look into.
     open_loops: the most turns that each loop without a fixed number of them can take; None where
         nothing bounds it.
     """
 
     flops: float
     open_loops: tuple[int | None, ...] = ()
+    kernels: float = 0.0
 
     def times(self, count: float) -> Cost:
-        return Cost(self.flops * count, self.open_loops)
+        return Cost(self.flops * count, self.open_loops, self.kernels * count)
 
     def __add__(self, other: Cost) -> Cost:  # ty: ignore[incompatible-method-override]
-        return Cost(self.flops + other.flops, self.open_loops + other.open_loops)
+        loops = self.open_loops + other.open_loops
+        return Cost(self.flops + other.flops, loops, self.kernels + other.kernels)
 
 
 # What is known of an array: no element is below the first number or above the second.
@@ -99,6 +103,9 @@ def _equation(equation: jex.JaxprEqn, inputs: list[Range], turns: int) -> tuple[
     cost, outputs = _closed(
         inner[0], inputs if fits else [None] * len(inner[0].jaxpr.invars), turns
     )
+    if name == "pallas_call":  # written for one point of its grid
+        cost = cost.times(math.prod(equation.params["grid_mapping"].grid))
+        cost = cost._replace(kernels=cost.flops)
     if name == "shard_map":  # written for one device's part
         mesh = equation.params["mesh"]
         cost = cost.times(

@@ -103,6 +103,11 @@ def data_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(name for name in DATA_AXES if name in mesh.axis_names)
 
 
+def data_devices(mesh: Mesh) -> int:
+    """How many devices share a batch."""
+    return math.prod(mesh.shape[axis] for axis in data_axes(mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis over all axes that carry data, the other axes whole."""
     axes = data_axes(mesh)
@@ -119,7 +124,7 @@ def check_divisible(what: str, size: int, mesh: Mesh) -> None:
 
     what: the name that the user knows the number by, for example `--batch`.
     """
-    parts = math.prod(mesh.shape[name] for name in data_axes(mesh))
+    parts = data_devices(mesh)
     if size < 1 or size % parts:
         near = max(parts, round(size / parts) * parts)
         raise UserError(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxalign.core.types import Model, Params, PyTree, UserError
@@ -80,6 +81,7 @@ def load_unet(
     param_dtype: DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
     remat: bool = False,
+    rows: NamedSharding | None = None,
 ) -> tuple[Model, Params]:
     """The U-Net of a pipeline's folder, with its parameters.
 
@@ -87,12 +89,12 @@ def load_unet(
         parameters.
     shardings: places the parameters, for example
         `lambda params, rules: mesh.shardings(params, devices, rules)`; default: the first device.
-    remat: see `unet.unet`.
+    remat, rows: see `unet.unet`.
     Raises: UserError for sizes or variants that are not computed, pickle files, and one that lists
         every tensor that is missing, unknown or of another shape.
     """
     folder = resolve(path) / "unet"
-    model = unet.unet(unet.from_hub(_values(folder)), dtype, remat=remat)
+    model = unet.unet(unet.from_hub(_values(folder)), dtype, remat=remat, rows=rows)
     return model, _read(folder, model.init, unet.RULES, param_dtype, shardings)
 
 

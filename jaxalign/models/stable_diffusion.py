@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array, Model, Params, PyTree
@@ -48,15 +49,16 @@ def load(
     *,
     shardings: Shardings | None = None,
     remat: bool = False,
+    rows: NamedSharding | None = None,
 ) -> StableDiffusion:
     """The U-Net and the autoencoder of a pipeline's folder, or of a Hub name in the local cache.
 
-    dtype: of the products; parameters are f32. shardings, remat: see
+    dtype: of the products; parameters are f32. shardings, remat, rows: see
     `diffusers_folders.load_unet`.
     Raises: UserError as the functions of `diffusers_folders` do.
     """
     config, schedule = folders.read_unet_config(path), folders.read_schedule(path)
-    unet, unet_params = folders.load_unet(path, dtype, shardings=shardings, remat=remat)
+    unet, unet_params = folders.load_unet(path, dtype, shardings=shardings, remat=remat, rows=rows)
     vae, vae_params = folders.load_vae(path, dtype, shardings=shardings)
     params = {"unet": unet_params, "vae": vae_params}
     return StableDiffusion(unet, vae, params, schedule, config.size, config.channels_in)

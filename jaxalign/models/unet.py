@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -100,6 +101,7 @@ class Attention(nn.Module):
 
     heads: int
     dtype: DTypeLike
+    rows: NamedSharding | None
 
     @nn.compact
     def __call__(self, x: Array, tokens: Array) -> Array:
@@ -109,7 +111,8 @@ class Attention(nn.Module):
             out = Dense(width, use_bias=False, dtype=self.dtype, name=name)(source)
             return out.reshape(*out.shape[:2], self.heads, -1)
 
-        out = attend(project("to_q", x), project("to_k", tokens), project("to_v", tokens))
+        query, key, value = project("to_q", x), project("to_k", tokens), project("to_v", tokens)
+        out = attend(query, key, value, rows=self.rows)
         return Dense(width, dtype=self.dtype, name="to_out_0")(out.reshape(x.shape))
 
 
@@ -143,6 +146,7 @@ class Block(nn.Module):
 
     heads: int
     dtype: DTypeLike
+    rows: NamedSharding | None
 
     @nn.compact
     def __call__(self, x: Array, tokens: Array) -> Array:
@@ -150,9 +154,12 @@ class Block(nn.Module):
             layer = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)
             return layer(x)
 
+        def attention(name: str) -> Attention:
+            return Attention(self.heads, self.dtype, self.rows, name=name)
+
         h = norm("norm1", x)
-        x = x + Attention(self.heads, self.dtype, name="attn1")(h, h)
-        x = x + Attention(self.heads, self.dtype, name="attn2")(norm("norm2", x), tokens)
+        x = x + attention("attn1")(h, h)
+        x = x + attention("attn2")(norm("norm2", x), tokens)
         return x + FeedForward(self.dtype, name="ff")(norm("norm3", x))
 
 
@@ -163,6 +170,7 @@ class Transformer(nn.Module):
     heads: int
     config: Config
     dtype: DTypeLike
+    rows: NamedSharding | None
 
     @nn.compact
     def __call__(self, x: Array, tokens: Array) -> Array:
@@ -170,7 +178,8 @@ class Transformer(nn.Module):
         y = group_norm(self.config.groups, 1e-6, self.dtype, "norm")(x)
         y = self._projection("proj_in", width)(y).reshape(b, h * w, width)
         for i in range(self.depth):
-            y = Block(self.heads, self.dtype, name=f"transformer_blocks_{i}")(y, tokens)
+            block = Block(self.heads, self.dtype, self.rows, name=f"transformer_blocks_{i}")
+            y = block(y, tokens)
         return x + self._projection("proj_out", width)(y.reshape(b, h, w, width))
 
     def _projection(self, name: str, width: int) -> nn.Module:
@@ -187,6 +196,7 @@ class Level(nn.Module):
     depth: int
     dtype: DTypeLike
     remat: bool
+    rows: NamedSharding | None
 
     def resnet(self, i: int, x: Array, time: Array) -> Array:
         config = self.config
@@ -200,7 +210,8 @@ class Level(nn.Module):
             return x
         module = nn.remat(Transformer) if self.remat else Transformer
         heads, name = self.config.heads[self.level], f"attentions_{i}"
-        return module(self.depth, heads, self.config, self.dtype, name=name)(x, tokens)
+        made = module(self.depth, heads, self.config, self.dtype, self.rows, name=name)
+        return made(x, tokens)
 
 
 class Down(Level):
@@ -255,6 +266,7 @@ class UNet(nn.Module):
     config: Config
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    rows: NamedSharding | None = None
 
     @nn.compact
     def __call__(self, x: Array, timestep: Array, context: Array | Conditions) -> Array:
@@ -263,14 +275,15 @@ class UNet(nn.Module):
         tokens, time = tokens.astype(dtype), self._time(timestep, context)
         x = Conv(config.widths[0], dtype=dtype, name="conv_in")(x)
         skips, levels = [x], len(config.widths)
+        how = (dtype, self.remat, self.rows)
         for i in range(levels):
-            down = Down(config, i, config.depth[i], dtype, self.remat, name=f"down_blocks_{i}")
+            down = Down(config, i, config.depth[i], *how, name=f"down_blocks_{i}")
             skips += down(skips[-1], time, tokens)
-        middle = Middle(config, levels - 1, config.middle, dtype, self.remat, name="mid_block")
+        middle = Middle(config, levels - 1, config.middle, *how, name="mid_block")
         x = middle(skips[-1], time, tokens)
         for i in range(levels):
             level = levels - 1 - i
-            up = Up(config, level, config.depth[level], dtype, self.remat, name=f"up_blocks_{i}")
+            up = Up(config, level, config.depth[level], *how, name=f"up_blocks_{i}")
             taken = [skips.pop() for _ in range(config.layers + 1)]
             x = up(x, taken, time, tokens)
         x = nn.silu(group_norm(config.groups, config.eps, dtype, "conv_norm_out")(x))
@@ -289,15 +302,22 @@ class UNet(nn.Module):
         return time + embedding(jnp.concatenate(added, axis=-1))
 
 
-def unet(config: Config, dtype: DTypeLike = jnp.float32, *, remat: bool = False) -> Model:
+def unet(
+    config: Config,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    remat: bool = False,
+    rows: NamedSharding | None = None,
+) -> Model:
     """The network as pure functions; parameters are f32, products are in `dtype`.
 
     `apply(params, x [B, H, W, C], timestep [B], context) -> [B, H, W, C] f32`, where context is
     the prompt's states `[B, L, K]` or, for SDXL, `Conditions`.
     remat: the backward pass computes residual blocks and transformers again instead of keeping
         what is inside them.
+    rows: how B lies on a mesh, for `fused_attention.attend`.
     """
-    module = UNet(config, dtype, remat)
+    module = UNet(config, dtype, remat, rows)
 
     def init(key: Array) -> Params:
         side = 2 ** (len(config.widths) - 1)
