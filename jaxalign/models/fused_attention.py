@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign.core import mesh as meshes
 from jaxalign.core.types import Array
 
 SPLASH_FROM = 1024  # queries and keys; fewer are served as well by plain products
@@ -109,7 +108,7 @@ def splash(
     if rows is None:
         return own(query, key, value)
     # Rows that cannot be shared out lie whole on every device.
-    shared = len(query) % meshes.data_devices(rows.mesh) == 0  # ty: ignore[invalid-argument-type]
-    spec = rows.spec if shared else PartitionSpec()
+    parts = rows.mesh.size // rows.shard_shape((rows.mesh.size,))[0]
+    spec = PartitionSpec() if len(query) % parts else rows.spec
     mapped = jax.shard_map(own, mesh=rows.mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return mapped(query, key, value)

@@ -1,14 +1,12 @@
 """Convolutions as matrix products, and when attention is cuDNN's."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxalign.core import cost
-from jaxalign.models import convolution, fused_attention
+from jaxalign.models import convolution
 
 
 @pytest.mark.parametrize(
@@ -83,25 +81,3 @@ def test_a_gradient_that_nobody_asks_for_costs_nothing(argument):
     forward = cost.count(loss, x, kernel).flops
     assert cost.count(jax.grad(loss, argument), x, kernel).flops == 2 * forward
     assert cost.count(jax.grad(loss, (0, 1)), x, kernel).flops == 3 * forward
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype", "width", "expected"),
-    [
-        ("9.0", jnp.bfloat16, 160, True),
-        ("8.0", jnp.bfloat16, 160, False),  # the widest heads of Stable Diffusion 1 on Ampere
-        ("8.6", jnp.float16, 40, True),
-        ("10.0", jnp.bfloat16, 64, True),
-        ("9.0", jnp.float32, 64, False),
-        ("9.0", jnp.bfloat16, 512, False),  # the autoencoder's
-        ("9.0", jnp.bfloat16, 12, False),
-        ("7.5", jnp.float16, 64, False),
-        ("gfx90a", jnp.bfloat16, 64, False),  # AMD's
-        (None, jnp.bfloat16, 64, False),  # a TPU
-    ],
-)
-def test_which_attention_is_cudnns(capability, dtype, width, expected):
-    device = (
-        SimpleNamespace() if capability is None else SimpleNamespace(compute_capability=capability)
-    )
-    assert fused_attention.fused(device, dtype, width) == expected

@@ -148,3 +148,18 @@ def test_a_row_written_in_place_costs_a_row(last):
     scalars = 4 * (1 + 2) + 2 * 4  # the counter's sum, and the two indices that the fusion reads
     assert found.memory == pytest.approx((last - 4) * (8 * 4 + scalars), rel=0.3)
     assert found.memory <= (last - 4) * 64  # far below the 2 KiB of the whole
+
+
+KERNEL = """HloModule hand
+
+ENTRY %main (a: bf16[2,512,64], b: bf16[2,512,64]) -> bf16[4,512,64] {
+  %a = bf16[2,512,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[2,512,64]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %both = bf16[4,512,64]{2,1,0:T(8,128)(2,1)} custom-call(%a, %b), custom_call_target="ConcatBitcast"
+  ROOT %k = bf16[4,512,64]{2,1,0:T(8,128)(2,1)} custom-call(%both), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_a_kernel_reads_its_operands_and_writes_its_results():
+    assert compiled.tally(KERNEL) == compiled.Tally(memory=2 * 2 * 4 * 512 * 64)

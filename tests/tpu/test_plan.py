@@ -160,6 +160,7 @@ def test_what_does_not_fit_is_refused_with_exit_code_1(monkeypatch, capsys, unco
         ("metra tiny --topology v5e-8", "'v5e-8' is not known"),
         ("metra tinny --topology v4-8", "did you mean tiny"),
         ("metra tiny --topology v4-8 --layers 2,4", "two depths of r3hf's"),
+        ("metra --quick --topology v4-8", "say NAME PRESET"),
         ("r3hf nectar --topology v4-8 --layers 4,2", "the smaller one first"),
     ],
 )
@@ -223,17 +224,55 @@ def test_stored_parameters_are_those_of_the_models(found):
 
 
 def planned(*words):
+    return python("-m", "tpu.plan", *words)
+
+
+def python(*words):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    command = [sys.executable, "-m", "tpu.plan", *words]
+    command = [sys.executable, *words]
     return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.parity
 @pytest.mark.skipif(not plan.has_compiler(), reason="the extra `tpu` is missing")
-def test_a_preset_compiled_for_four_chips():
-    done = planned("metra", "tiny", "--seeds", "4", "--topology", "v5litepod-4")
+@pytest.mark.parametrize("quick", [[], ["--quick"]])
+def test_a_preset_compiled_for_four_chips(quick):
+    done = planned("metra", "tiny", "--seeds", "4", "--topology", "v5litepod-4", *quick)
     assert done.returncode == plan.FITS, done.stderr[-2000:]
     assert "compiled in" in done.stdout and "a step takes at least" in done.stdout
+    assert ("bytes through HBM are too many" in done.stdout) == bool(quick)
+
+
+ATTENTION = """
+import sys
+import jax, jax.numpy as jnp
+from jaxalign.core import mesh as meshes
+from jaxalign.models import fused_attention
+from tpu import plan
+from tpu.topologies import find
+
+topology = find("v5litepod-4")
+plan.prepare([topology], compiling=True)
+rows = meshes.batch_sharding(meshes.make_mesh({"data": 4}, plan.slice_devices(topology)))
+array = jax.ShapeDtypeStruct((8, int(sys.argv[1]), 8, 40), jnp.bfloat16, sharding=rows)
+
+def total(query, key, value):
+    return fused_attention.attend(query, key, value, rows=rows).astype(jnp.float32).sum()
+
+made = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(array, array, array).compile()
+print(made.as_text().count('"tpu_custom_call"'), made.memory_analysis().temp_size_in_bytes)
+"""
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(not plan.has_compiler(), reason="the extra `tpu` is missing")
+@pytest.mark.parametrize(("length", "kernels"), [(4096, 3), (256, 0)])
+def test_long_attention_is_a_kernel_on_a_tpu(length, kernels):
+    done = python("-c", ATTENTION, str(length))
+    assert done.returncode == 0, done.stderr[-2000:]
+    calls, activations = map(int, done.stdout.split())
+    assert calls == kernels
+    assert activations < 2 * 8 * length * length  # the weights of one head of one row, in bfloat16
 
 
 @pytest.mark.parity
