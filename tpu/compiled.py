@@ -204,15 +204,23 @@ class _Reader:
         start = around[loop.operands[0]]
         if test.opcode != "compare" or "direction=LT" not in test.rest or not start.operands:
             return self.turns
-        ends = []
+        ends, stride = [], 1
         for name in test.operands:
             atom, carried = condition[name], re.search(r"index=(\d+)", condition[name].rest)
             if atom.opcode == "get-tuple-element" and carried:
+                stride = self._stride(loop, int(carried[1])) or stride
                 atom = _source(around, start.operands[int(carried[1])])
-            value = re.fullmatch(r"-?\d+", atom.inside) if atom.opcode == "constant" else None
-            ends.append(int(value[0]) if value else None)
+            ends.append(_integer(atom))
         first, last = ends
-        return self.turns if first is None or last is None else max(0, last - first)
+        return self.turns if first is None or last is None else max(0, -((first - last) // stride))
+
+    def _stride(self, loop: Instruction, index: int) -> int | None:
+        """What a turn adds to a number that the loop carries; None where it adds no constant."""
+        body = self.parsed[_attribute(loop.rest, "body") or ""]
+        root = next(i for i in body.values() if i.root)
+        after = _source(body, root.operands[index])
+        terms = [_integer(_source(body, name)) for name in after.operands]
+        return next((t for t in terms if t), None) if after.opcode == "add" else None
 
     def _memory(self, around: dict[str, Instruction], it: Instruction) -> float:
         """Bytes that an instruction moves to and from HBM."""
@@ -228,6 +236,12 @@ class _Reader:
         if it.opcode.endswith("-start"):
             return _bytes(it.kind)  # its type has both ends
         return sum(map(_bytes, kinds)) + _bytes(it.kind)
+
+
+def _integer(it: Instruction) -> int | None:
+    """The value of a constant."""
+    found = re.fullmatch(r"-?\d+", it.inside) if it.opcode == "constant" else None
+    return int(found[0]) if found else None
 
 
 def _source(around: dict[str, Instruction], name: str) -> Instruction:

@@ -238,12 +238,9 @@ def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh, depth: int | None = None
         raise UserError(f"source {source.name}: plans are for real sets, nectar, tldr or saferlhf")
     if depth:
         sizes = dataclasses.replace(sizes, depth=depth)
-    model = llama.llama(sizes, jnp.bfloat16, remat=True)
-    scalar, everywhere, rows = (
-        with_scalar_head(model),
-        meshes.replicated(mesh),
-        meshes.batch_sharding(mesh),
-    )
+    everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
+    model = llama.llama(sizes, jnp.bfloat16, remat=True, rows=rows)
+    scalar = with_scalar_head(model)
     part = r3.rollouts // (r3.minibatches * r3.micro_batches)
     meshes.check_divisible("rl.rollouts / (minibatches * micro_batches) =", part, mesh)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 Array = jax.Array
 PyTree = Any
@@ -30,22 +31,27 @@ class LanguageModel(NamedTuple):
     init: `key -> params`.
     hidden: `(params, ids [B, T] i32, mask [B, T] bool) -> [B, T, D]`, states after the last norm.
         False in the mask is padding, anywhere in a row; positions count the tokens that are real.
-    logits: `(params, hidden [..., D]) -> [..., V] f32`.
+    head: `params -> [V, D]`, the output table. Where parameters lie in parts it is gathered, so it
+        is taken once, outside of loops.
+    logits: `(table, hidden [..., D]) -> [..., V] f32`.
     empty_cache: `(rows, L) -> cache`, whose leaves have the rows as their leading axis.
     extend: `(params, cache, ids [B, S], position [B, S], visible [B, L] bool, index [] i32) ->
         (hidden [B, S, D], cache)`: S tokens more, kept in slots index .. index+S-1 of every row.
         Token s attends to slot j if `visible[b, j]` and j <= index + s.
     context: the longest sequence that its positions allow.
+    rows: how B lies on a mesh, if the model was told.
     """
 
     init: Callable[[Array], Params]
     hidden: Callable[[Params, Array, Array], Array]
-    logits: Callable[[Params, Array], Array]
+    head: Callable[[Params], Array]
+    logits: Callable[[Array, Array], Array]
     empty_cache: Callable[[int, int], PyTree]
     extend: Callable[[Params, PyTree, Array, Array, Array, Array], tuple[Array, PyTree]]
     vocabulary: int
     width: int
     context: int
+    rows: NamedSharding | None = None
 
 
 class Mean(NamedTuple):

@@ -90,28 +90,29 @@ def _attend_slots(query: Array, cache: KeyValue, visible: Array) -> Array:
     return out.reshape(rows, new, heads, width)
 
 
-def head(hidden: Array, table: Array) -> Array:
+def logits(table: Array, hidden: Array) -> Array:
     """Logits `[..., V] f32` of hidden `[..., D]` by a table `[V, D]`, accumulated in f32."""
     table = table.astype(hidden.dtype)
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
 class Head(nn.Module):
-    """A language-model head of its own, not tied to the embedding: `[..., D]` -> `[..., V] f32`."""
+    """A language-model head of its own, not tied to the embedding: its kernel `[D, V]`."""
 
+    width: int
     vocabulary: int
 
     @nn.compact
-    def __call__(self, hidden: Array) -> Array:
-        shape = (hidden.shape[-1], self.vocabulary)
-        return head(hidden, self.param("kernel", nn.initializers.normal(0.02), shape).T)
+    def __call__(self) -> Array:
+        shape = (self.width, self.vocabulary)
+        return self.param("kernel", nn.initializers.normal(0.02), shape)
 
 
 def language_model(
-    module: nn.Module, *, depth: int, kv_heads: int, head_dim: int, dtype: DTypeLike, **sizes: int
+    module: nn.Module, *, depth: int, kv_heads: int, head_dim: int, dtype: DTypeLike, **rest: Any
 ) -> LanguageModel:
     """A `LanguageModel` of a module with `__call__(ids, position, visible, cache, index)` and
-    `logits(hidden)`; sizes: vocabulary, width and context.
+    `table()`; rest: vocabulary, width, context and rows.
     """
     nothing = (None,) * depth
 
@@ -126,8 +127,8 @@ def language_model(
     def hidden(params: Params, ids: Array, mask: Array) -> Array:
         return apply(params, ids, positions(mask), causal(mask), nothing)[0]
 
-    def logits(params: Params, hidden: Array) -> Array:
-        return apply(params, hidden, method="logits")
+    def head(params: Params) -> Array:
+        return apply(params, method="table")
 
     def empty_cache(rows: int, length: int) -> Cache:
         shape = (rows, kv_heads, length, head_dim)
@@ -141,9 +142,9 @@ def language_model(
         seen = causal_slots(visible, index, ids.shape[1])
         return apply(params, ids, position, seen, cache, index)
 
-    return LanguageModel(init, hidden, logits, empty_cache, extend, **sizes)
+    return LanguageModel(init, hidden, head, logits, empty_cache, extend, **rest)
 
 
-def _everything(module: Any, *inputs: Any) -> Array:
+def _everything(module: Any, *inputs: Any) -> tuple[Array, Array]:
     """Touches every parameter."""
-    return module.logits(module(*inputs)[0])
+    return module(*inputs)[0], module.table()

@@ -14,9 +14,10 @@ import re
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jaxalign.core.types import Array
+from jaxalign.ops.rows import on_own_rows
 
 SPLASH_FROM = 1024  # queries and keys; fewer are served as well by plain products
 SPLASH_BLOCKS = (1024, 512, 256, 128)
@@ -105,10 +106,4 @@ def splash(
         out = jax.vmap(kernel)(*(a.swapaxes(1, 2) for a in (query, key, value)))
         return out.swapaxes(1, 2)
 
-    if rows is None:
-        return own(query, key, value)
-    # Rows that cannot be shared out lie whole on every device.
-    parts = rows.mesh.size // rows.shard_shape((rows.mesh.size,))[0]
-    spec = PartitionSpec() if len(query) % parts else rows.spec
-    mapped = jax.shard_map(own, mesh=rows.mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return mapped(query, key, value)
+    return on_own_rows(own, rows)(query, key, value)

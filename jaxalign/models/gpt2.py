@@ -126,7 +126,7 @@ class Gpt2(nn.Module):
         self.block = [block(config, self.dtype) for _ in range(config.depth)]
         self.norm = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype, use_fast_variance=False)
         if not config.tied:
-            self.lm_head = attention.Head(config.vocabulary)
+            self.lm_head = attention.Head(config.width, config.vocabulary)
 
     def __call__(
         self,
@@ -147,13 +147,9 @@ class Gpt2(nn.Module):
             layers.append(layer)
         return self.norm(x), tuple(layers)
 
-    def logits(self, hidden: Array) -> Array:
-        """`[..., D]` -> `[..., V] f32`."""
-        return (
-            attention.head(hidden, self.token.embedding)
-            if self.config.tied
-            else self.lm_head(hidden)
-        )
+    def table(self) -> Array:
+        """The output table `[V, D] f32`."""
+        return self.token.embedding if self.config.tied else self.lm_head().T
 
 
 def gpt2(config: Config, dtype: DTypeLike = jnp.float32, *, remat: bool = False) -> LanguageModel:

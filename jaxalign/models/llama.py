@@ -19,20 +19,22 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array, LanguageModel, UserError
-from jaxalign.models import attention, hub
+from jaxalign.models import attention, fsdp, hub
 from jaxalign.models.attention import Cache, KeyValue
 from jaxalign.models.dense import Dense
 
 # Matrices over `fsdp` and, by heads, hidden units and vocabulary, over `tensor`.
+INWARD, OUTWARD = P("fsdp", "tensor"), P("tensor", "fsdp")
 RULES = (
-    (r"embedding$", P("tensor", "fsdp")),
-    (r"(query|key|value|gate|up|lm_head)/kernel$", P("fsdp", "tensor")),
+    (r"embedding$", OUTWARD),
+    (r"(query|key|value|gate|up|lm_head)/kernel$", INWARD),
     (r"(query|key|value)/bias$", P("tensor")),
-    (r"(out|down)/kernel$", P("tensor", "fsdp")),
+    (r"(out|down)/kernel$", OUTWARD),
 )
 
 
@@ -101,9 +103,25 @@ def rotate(x: Array, position: Array, frequency: np.ndarray) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _dense(features: int, dtype: DTypeLike, name: str, *, bias: bool = False) -> Dense:
+def _dense(
+    features: int,
+    dtype: DTypeLike,
+    rows: NamedSharding | None,
+    name: str,
+    *,
+    bias: bool = False,
+) -> Dense:
     init = nn.initializers.normal(0.02)
-    return Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+    spec = OUTWARD if name in ("out", "down") else INWARD
+    return Dense(
+        features,
+        use_bias=bias,
+        dtype=dtype,
+        kernel_init=init,
+        spec=spec,
+        rows=rows,
+        name=name,
+    )
 
 
 class Attention(nn.Module):
@@ -111,6 +129,7 @@ class Attention(nn.Module):
 
     config: Config
     dtype: DTypeLike
+    rows: NamedSharding | None
 
     @nn.compact
     def __call__(
@@ -121,10 +140,10 @@ class Attention(nn.Module):
         cache: KeyValue | None,
         index: Array | None,
     ) -> tuple[Array, KeyValue | None]:
-        config = self.config
+        config, how = self.config, (self.dtype, None if cache else self.rows)
 
         def project(name: str, heads: int) -> Array:
-            dense = _dense(heads * config.head_dim, self.dtype, name, bias=config.qkv_bias)
+            dense = _dense(heads * config.head_dim, *how, name, bias=config.qkv_bias)
             return dense(x).reshape(*x.shape[:2], heads, config.head_dim)
 
         q = project("query", config.heads)
@@ -135,7 +154,7 @@ class Attention(nn.Module):
         frequency = frequencies(config)
         q, k = rotate(q, position, frequency), rotate(k, position, frequency)
         out, cache = attention.attend(q, k, v, visible, cache, index)
-        return _dense(config.width, self.dtype, "out")(out.reshape(*x.shape[:2], -1)), cache
+        return _dense(config.width, *how, "out")(out.reshape(*x.shape[:2], -1)), cache
 
 
 class Block(nn.Module):
@@ -143,6 +162,7 @@ class Block(nn.Module):
 
     config: Config
     dtype: DTypeLike
+    rows: NamedSharding | None
 
     @nn.compact
     def __call__(
@@ -154,13 +174,16 @@ class Block(nn.Module):
         index: Array | None,
     ) -> tuple[Array, KeyValue | None]:
         config, dtype = self.config, self.dtype
+        rows = None if cache else self.rows
+        x = fsdp.pinned(x, rows)
         h = nn.RMSNorm(epsilon=config.eps, dtype=dtype, name="norm_attention")(x)
-        h, cache = Attention(config, dtype, name="attention")(h, position, visible, cache, index)
+        attention = Attention(config, dtype, self.rows, name="attention")
+        h, cache = attention(h, position, visible, cache, index)
         x = x + h
         h = nn.RMSNorm(epsilon=config.eps, dtype=dtype, name="norm_mlp")(x)
-        gate = nn.silu(_dense(config.inner, dtype, "gate")(h))
-        h = gate * _dense(config.inner, dtype, "up")(h)
-        return x + _dense(config.width, dtype, "down")(h), cache
+        gate = nn.silu(_dense(config.inner, dtype, rows, "gate")(h))
+        h = gate * _dense(config.inner, dtype, rows, "up")(h)
+        return x + _dense(config.width, dtype, rows, "down")(h), cache
 
 
 class Llama(nn.Module):
@@ -169,6 +192,7 @@ class Llama(nn.Module):
     config: Config
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    rows: NamedSharding | None = None
 
     def setup(self):
         config = self.config
@@ -179,10 +203,10 @@ class Llama(nn.Module):
             embedding_init=nn.initializers.normal(0.02),
         )
         block = nn.remat(Block) if self.remat else Block
-        self.block = [block(config, self.dtype) for _ in range(config.depth)]
+        self.block = [block(config, self.dtype, self.rows) for _ in range(config.depth)]
         self.norm = nn.RMSNorm(epsilon=config.eps, dtype=self.dtype)
         if not config.tied:
-            self.lm_head = attention.Head(config.vocabulary)
+            self.lm_head = attention.Head(config.width, config.vocabulary)
 
     def __call__(
         self,
@@ -196,27 +220,36 @@ class Llama(nn.Module):
 
         visible: `[B, S, L] bool`; cache: one entry a layer, all None (then L = S) or none.
         """
-        x = self.token(ids)
+        rows = None if cache[0] else self.rows
+        x = fsdp.dealt_out(self.token(ids), rows)
         layers = []
         for block, layer in zip(self.block, cache, strict=True):
             x, layer = block(x, position, visible, layer, index)
             layers.append(layer)
-        return self.norm(x), tuple(layers)
+        return fsdp.pinned(self.norm(x), rows), tuple(layers)
 
-    def logits(self, hidden: Array) -> Array:
-        """`[..., D]` -> `[..., V] f32`."""
+    def table(self) -> Array:
+        """The output table `[V, D] f32`."""
         if self.config.tied:
-            return attention.head(hidden, self.token.embedding)
-        return self.lm_head(hidden)
+            return fsdp.gathered(self.token.embedding, OUTWARD, self.rows, jnp.float32)
+        return fsdp.gathered(self.lm_head(), INWARD, self.rows, jnp.float32).T
 
 
-def llama(config: Config, dtype: DTypeLike = jnp.float32, *, remat: bool = False) -> LanguageModel:
+def llama(
+    config: Config,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    remat: bool = False,
+    rows: NamedSharding | None = None,
+) -> LanguageModel:
     """The model as pure functions; parameters are f32, products are in `dtype`.
 
     remat: the backward pass computes each block again instead of keeping what is inside it.
+    rows: how B lies on a mesh. Given, parameters in parts over `fsdp` are gathered, but for steps
+        with a cache: what these would send is less than the parameters.
     """
     return attention.language_model(
-        Llama(config, dtype, remat),
+        Llama(config, dtype, remat, rows),
         depth=config.depth,
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
@@ -224,6 +257,7 @@ def llama(config: Config, dtype: DTypeLike = jnp.float32, *, remat: bool = False
         vocabulary=config.vocabulary,
         width=config.width,
         context=config.context,
+        rows=rows,
     )
 
 

@@ -35,6 +35,7 @@ from jax import core as jax_core
 
 from jaxalign.core.types import Array, LanguageModel, Params, PyTree, UserError
 from jaxalign.ops import sampling as ops
+from jaxalign.ops.rows import on_own_rows
 from jaxalign.ops.sampling import Sampling
 
 
@@ -128,9 +129,8 @@ def decode(
     _check(model, ids, mask, length)
     rows, prompt = ids.shape
     widths = _widths(rows, halvings)
-    step_out = functools.partial(
-        _step_out, model, params, sampling, jnp.asarray(stop, jnp.int32).reshape(-1), constraint
-    )
+    stops = jnp.asarray(stop, jnp.int32).reshape(-1)
+    step_out = functools.partial(_step_out, model, model.head(params), sampling, stops, constraint)
     live, hidden = _prefill(model, params, ids, mask, key, length, pad, constraint)
     live = step_out(live, hidden, jnp.int32(0))
     # Counts the tokens drawn, the same for all rows. `done` is kept for the whole batch.
@@ -242,7 +242,7 @@ def _prefill(
 
 def _step_out(
     model: LanguageModel,
-    params: Params,
+    table: Array,
     sampling: Sampling,
     stop: Array,
     constraint: Constraint | None,
@@ -251,7 +251,7 @@ def _step_out(
     step: Array,
 ) -> _Live:
     """Draws response token `step` of every row that has not ended, from hidden `[w, D]`."""
-    logits = model.logits(params, hidden)
+    logits = model.logits(table, hidden)
     if constraint is not None:
         logits = constraint.mask(live.state, logits)
     adjusted = ops.adjust(logits, sampling)
@@ -310,15 +310,36 @@ def score(
     Differentiable in params. A token that newer parameters put outside of top-k or top-p is counted
     with those kept, so its density is finite (see `ops.sampling.adjust`).
     """
-    rows, prompt = len(ids), ids.shape[1] - length
+    prompt = ids.shape[1] - length
     if not 0 < prompt < ids.shape[1] or chunk < 1:
         raise UserError(
             f"length {length} of {ids.shape[1]} slots, in chunks of {chunk}: there must be a slot "
             "left for the prompt, and at least 1 token in a chunk"
         )
-    chunk = min(chunk, length)
     # hidden state t-1 predicts token t
     hidden = model.hidden(params, ids, mask)[:, prompt - 1 : -1]
+    start = None if constraint is None else constraint.start
+    own = functools.partial(_score_rows, model, sampling, constraint, min(chunk, length))
+    found = on_own_rows(own, model.rows, whole=1)(
+        model.head(params), hidden, ids[:, prompt:], start
+    )
+    real = mask[:, prompt:]
+    density, spread = (jnp.where(real, x, 0.0) for x in found)
+    return density, spread
+
+
+def _score_rows(
+    model: LanguageModel,
+    sampling: Sampling,
+    constraint: Constraint | None,
+    chunk: int,
+    table: Array,
+    hidden: Array,
+    token: Array,
+    state: PyTree,
+) -> tuple[Array, Array]:
+    """Log-density and entropy `[B, T]` of tokens `[B, T]` after hidden states `[B, T, D]`."""
+    rows, length = token.shape
 
     def in_chunks(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -length % chunk), *((0, 0),) * (x.ndim - 2)))
@@ -327,19 +348,14 @@ def score(
     @jax.checkpoint
     def one_chunk(state: PyTree, inputs: tuple[Array, Array]) -> tuple[PyTree, tuple[Array, Array]]:
         hidden, token = inputs
-        logits = model.logits(params, hidden)
+        logits = model.logits(table, hidden)
         if constraint is not None:
             state, logits = _constrain(constraint, state, token, logits)
         adjusted = ops.adjust(logits, sampling, token)
         return state, (ops.log_density(adjusted, token), ops.entropy(adjusted))
 
-    start = None if constraint is None else constraint.start
-    inputs = (in_chunks(hidden), in_chunks(ids[:, prompt:]))
-    _, outputs = jax.lax.scan(one_chunk, start, inputs)
-    real = mask[:, prompt:]
-    density, spread = (
-        jnp.where(real, jnp.moveaxis(x.reshape(-1, rows)[:length], 0, 1), 0.0) for x in outputs
-    )
+    _, outputs = jax.lax.scan(one_chunk, state, (in_chunks(hidden), in_chunks(token)))
+    density, spread = (jnp.moveaxis(x.reshape(-1, rows)[:length], 0, 1) for x in outputs)
     return density, spread
 
 

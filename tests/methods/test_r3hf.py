@@ -67,7 +67,8 @@ def init(key):
 MODEL = LanguageModel(
     init,
     hidden,
-    lambda params, hidden: hidden @ params["embed"].T,
+    lambda params: params["embed"],
+    lambda table, hidden: hidden @ table.T,
     lambda rows, length: jnp.zeros((rows, length, WIDTH)),
     extend,
     VOCABULARY,

@@ -56,7 +56,7 @@ def test_loss_is_the_cross_entropy_of_the_response_tokens():
 
     @jax.jit
     def predict(params):
-        return jax.nn.log_softmax(MODEL.logits(params, MODEL.hidden(params, *data)))
+        return jax.nn.log_softmax(MODEL.logits(MODEL.head(params), MODEL.hidden(params, *data)))
 
     log_probability = np.asarray(predict(base()))
     total, tokens, spread = 0.0, 0, 0.0

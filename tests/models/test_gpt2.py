@@ -70,7 +70,7 @@ def test_a_folder_of_transformers_computes_what_torch_computed(family):
     with jax.default_matmul_precision("highest"):
         model, params = folders.load(GOLDEN / family)
         hidden = jax.jit(model.hidden)(params, ids, mask)
-        logits = model.logits(params, hidden)
+        logits = model.logits(model.head(params), hidden)
     assert logits.dtype == jnp.float32
     near(np.asarray(hidden)[mask], expected["hidden"][mask], 1e-4)
     near(np.asarray(logits)[mask], expected["logits"][mask], 1e-4)
@@ -160,7 +160,7 @@ def test_a_decode_step_copies_no_cache(pair):
             visible = jnp.broadcast_to((jnp.arange(slots) <= i)[None], (rows, slots))
             position = jnp.full((rows, 1), i)
             hidden, cache = model.extend(params, cache, token, position, visible, i)
-            return cache, model.logits(params, hidden).argmax(-1).astype(jnp.int32)
+            return cache, model.logits(model.head(params), hidden).argmax(-1).astype(jnp.int32)
 
         return jax.lax.fori_loop(0, 4, body, (cache, token))
 
@@ -182,7 +182,7 @@ def test_bfloat16_products(name):
     ids, mask = inputs()
     hidden = jax.jit(half.hidden)(params, ids, mask)
     assert hidden.dtype == jnp.bfloat16
-    assert half.logits(params, hidden).dtype == jnp.float32
+    assert half.logits(half.head(params), hidden).dtype == jnp.float32
     assert jax.tree.leaves(half.empty_cache(1, 4))[0].dtype == jnp.bfloat16
     expected = model.hidden(params, ids, mask)
     error = np.abs(np.asarray(hidden, np.float32) - expected)[np.asarray(mask)]
@@ -273,7 +273,9 @@ def test_heads_must_divide_the_width():
 def test_an_untied_head_is_a_matrix_of_its_own():
     config = gpt2.Config(vocabulary=24, width=16, depth=1, heads=2, inner=8, tied=False)
     hidden = jnp.ones((2, 3, 16))
-    logits = gpt2.gpt2(config).logits({"lm_head": {"kernel": jnp.full((16, 24), 0.5)}}, hidden)
+    model = gpt2.gpt2(config)
+    table = model.head({"lm_head": {"kernel": jnp.full((16, 24), 0.5)}})
+    logits = model.logits(table, hidden)
     np.testing.assert_array_equal(logits, np.full((2, 3, 24), 8.0))
 
 

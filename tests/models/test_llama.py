@@ -12,6 +12,8 @@ from jaxalign.core import mesh
 from jaxalign.core.types import UserError
 from jaxalign.models import llama
 from jaxalign.models.llama import Config, RotaryScaling
+from jaxalign.ops.sampling import Sampling
+from jaxalign.rollout import decode
 
 TINY = Config(
     vocabulary=24, width=16, inner=32, depth=2, heads=4, kv_heads=2, head_dim=6, context=64
@@ -104,6 +106,34 @@ def test_an_8b_model_is_cut_evenly_in_eight():
         assert share == 1 / 8 or leaf.ndim == 1
         whole += math.prod(leaf.shape) if share == 1 else 0
     assert whole == 65 * 4096  # the norms
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"fsdp": 2, "data": 2, "tensor": 2}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_gathered_parameters_give_the_same_scores_and_gradients(axes, tied):
+    config = dataclasses.replace(TINY, tied=tied)
+    devices = mesh.make_mesh(axes)
+    rows = mesh.batch_sharding(devices)
+    params = llama.llama(config).init(jax.random.key(0))
+    places = mesh.shardings(params, devices, llama.RULES)
+    ids = jax.random.randint(jax.random.key(1), (8, 12), 0, config.vocabulary)
+    mask = jnp.arange(12)[None] >= jnp.arange(8)[:, None] // 2
+
+    def run(model, params, ids, mask):
+        def total(params):
+            density, spread = decode.score(model, params, ids, mask, 7, Sampling(), chunk=3)
+            return (density + spread).sum(), density
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+
+    alone = run(llama.llama(config), params, ids, mask)
+    spread = llama.llama(config, remat=True, rows=rows)
+    found = run(spread, *jax.device_put((params, ids, mask), (places, rows, rows)))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    for gradient in jax.tree.leaves(found[1]):  # stays in parts
+        share = gradient.addressable_shards[0].data.size / gradient.size
+        assert share <= 1 / axes["fsdp"] or gradient.ndim == 1
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,10 @@ def test_states_and_logits(pair):
     hidden = model.hidden(params, ids, mask)
     expected = [a.detach().numpy()[mask] for a in torch_forward(net, ids, mask)]
     assert np.abs(np.asarray(hidden)[mask] - expected[0]).max() <= 1e-4
-    assert np.abs(np.asarray(model.logits(params, hidden))[mask] - expected[1]).max() <= 1e-4
+    assert (
+        np.abs(np.asarray(model.logits(model.head(params), hidden))[mask] - expected[1]).max()
+        <= 1e-4
+    )
     assert np.abs(expected[1]).max() > 1
 
 
@@ -125,7 +128,7 @@ def test_gradient(pair):
     ids, mask = inputs(model.vocabulary)
 
     def loss(params):
-        logits = model.logits(params, model.hidden(params, ids, mask))
+        logits = model.logits(model.head(params), model.hidden(params, ids, mask))
         return -(jax.nn.log_softmax(logits)[:, -2, 5]).sum()
 
     ours = jax.jit(jax.grad(loss))(params)
@@ -155,7 +158,7 @@ def greedy(model, params, ids, mask):
     hidden, cache = extend(params, cache, ids, position, seen, np.int32(0))
     position, said = position[:, -1:], []
     for index in range(ids.shape[1], length):
-        token = model.logits(params, hidden[:, -1]).argmax(-1).astype(jnp.int32)
+        token = model.logits(model.head(params), hidden[:, -1]).argmax(-1).astype(jnp.int32)
         said.append(np.asarray(token))
         seen[:, index], position = True, position + 1
         new = token[:, None]

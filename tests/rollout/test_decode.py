@@ -65,7 +65,8 @@ def tiny_model(seen=None) -> LanguageModel:
     return LanguageModel(
         init=init,
         hidden=hidden,
-        logits=lambda params, hidden: hidden @ params["head"] / WIDTH / 2,
+        head=lambda params: params["head"].T,
+        logits=lambda table, hidden: hidden @ table.T / WIDTH / 2,
         empty_cache=lambda rows, slots: (jnp.zeros((rows, slots, WIDTH)),) * 2,
         extend=extend,
         vocabulary=VOCABULARY,
@@ -151,7 +152,7 @@ def test_the_cache_changes_nothing():
     @jax.jit
     def next_token(ids, mask, step):
         hidden = jnp.take(MODEL.hidden(params(), ids, mask), PROMPT + step - 1, axis=1)
-        adjusted = adjust(MODEL.logits(params(), hidden), Sampling())
+        adjusted = adjust(MODEL.logits(MODEL.head(params()), hidden), Sampling())
         fold = jax.vmap(jax.random.fold_in, (None, 0))
         keys = jax.vmap(jax.random.fold_in, (0, None))(fold(key, jnp.arange(ROWS)), step)
         token = draw(keys, adjusted)
@@ -371,7 +372,7 @@ def losses(length=LENGTH):
         return (weight * density + spread).sum()
 
     def at_once(weights):
-        logits = MODEL.logits(weights, MODEL.hidden(weights, decoded.ids, decoded.mask))
+        logits = MODEL.logits(MODEL.head(weights), MODEL.hidden(weights, decoded.ids, decoded.mask))
         logits, token = logits[:, PROMPT - 1 : -1], decoded.ids[:, PROMPT:]
         constraint, state = no_repeats(), no_repeats().start
         masked = []

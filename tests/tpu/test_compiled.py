@@ -142,6 +142,13 @@ ENTRY %main (a: f32[64,8], b: f32[8]) -> f32[64,8] {
 """
 
 
+@pytest.mark.parametrize(("stride", "turns"), [(1, 16), (2, 8), (3, 6)])
+def test_a_loop_may_count_in_strides(stride, turns):
+    text = LOOP.replace("LAST", "20").replace("constant(1)", f"constant({stride})")
+    one = LOOP.replace("LAST", "5")
+    assert compiled.tally(text).memory == turns * compiled.tally(one).memory
+
+
 @pytest.mark.parametrize("last", [4, 5, 20])
 def test_a_row_written_in_place_costs_a_row(last):
     found = compiled.tally(LOOP.replace("LAST", str(last)))
