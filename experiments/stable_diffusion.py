@@ -294,7 +294,10 @@ def make_score(lab: Lab) -> b2_diffurl.Reward:
     if host is None:
         assert lab.rewards.device is not None
         return jax.jit(lab.rewards.device)
-    return lambda images, batch, _: jnp.asarray(host.result(host.submit(to_uint8(images), batch)))
+    everywhere = meshes.replicated(lab.mesh)
+    return lambda images, batch, _: distributed.put(
+        host.result(host.submit(to_uint8(images), batch)), everywhere
+    )
 
 
 def chosen_rows(lab: Lab, count: int) -> dict[str, list[int]]:
