@@ -279,12 +279,19 @@ def total(here: np.ndarray) -> np.ndarray:
     return here if count() == 1 else _gathered(here).sum(0)
 
 
-def raise_together(error: UserError | None) -> None:
+_met = 0
+
+
+def raise_together(error: UserError | None, what: str, seconds: float = JOIN_SECONDS) -> None:
     """Raises on every process what went wrong on any of them, so that none waits for another.
 
-    All must ask at the same point of the program. error: what went wrong here.
+    All must ask at the same point of the program. error: what went wrong here. what: was done.
+    seconds: that others may need longer for it.
     """
+    global _met
     if count() > 1:
+        _met += 1
+        barrier(f"{what} {_met}", seconds)  # devices may wait for one another less long
         kind = 0 if error is None else KINDS.index(type(error))
         said = str(error or "").encode()[: SAID - 1]
         sent = np.frombuffer(bytes([kind]) + said.ljust(SAID - 1, b"\0"), np.uint8)

@@ -80,7 +80,8 @@ class HostReward:
             rewards = self._awaited(future)
         except UserError as error:
             wrong = error
-        distributed.raise_together(wrong)
+        longest = self.timeout + distributed.JOIN_SECONDS  # the pictures may be late, too
+        distributed.raise_together(wrong, f"reward {self.name}", longest)
         return distributed.total(rewards)
 
     def _awaited(self, future: Future) -> np.ndarray:
