@@ -408,10 +408,9 @@ def with_model(config: Experiment, workdir: Path) -> Experiment:
     if config.model != RANDOM:
         return config
     model, clip = workdir / "random-model", workdir / "random-clip"
-    if distributed.is_main():
-        random_pipeline.write_pipeline(model, config.seed)
-        random_pipeline.write_clip(clip, config.seed)
-    distributed.barrier("random model")
+    # On every process, each of which has a work directory of its own.
+    random_pipeline.write_pipeline(model, config.seed)
+    random_pipeline.write_clip(clip, config.seed)
     rewards = dataclasses.replace(config.rewards, clip=str(clip))
     return dataclasses.replace(config, model=str(model), rewards=rewards)
 
