@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxalign.core import limits
+from jaxalign.core import distributed, limits
 from jaxalign.core.types import PyTree, UserError
 from jaxalign.methods import b2_diffurl
 from jaxalign.models import clip_folders
@@ -39,7 +40,7 @@ class Rewards:
     clip: str = ""  # folder of the CLIP model for clip_score, as ViT-H/14
     aesthetic_clip: str = ""  # of OpenAI's ViT-L/14
     aesthetic_head: str = ""  # safetensors file of the head on it
-    captions_url: str = ""  # of the caption server
+    captions_url: str = ""  # of the caption server, the same or one beside each process
     timeout: float = 600.0  # seconds that the host's rewards of one chunk of pictures may take
 
     def __post_init__(self) -> None:
@@ -91,6 +92,9 @@ def open_rewards(
     prompts: P, to which the rows of "prompt" point. chunk: pictures that a network sees at once.
     Raises: UserError for what a reward lacks.
     """
+    if rewards.on_host and distributed.count() > 1:
+        # Each process scores its own pictures when it has them, so its networks are its own.
+        shardings, chunk = None, -(-chunk // jax.device_count())
     targets: dict[str, PyTree] = {}
     devices: dict[str, Reward] = {}
     params: dict[str, PyTree] = {}

@@ -330,7 +330,7 @@ def make_evaluation(
     world = lab.world
     draw = compiled_drawing(lab.networks.net.apply, world.image_shape, b2, config.pictures)
     read = compiled_reading(world.success, world.factors, world.factor_sizes)
-    score = make_score(world, config.reward, host)
+    score = make_score(lab, config.reward, host)
     task = make_task(lab, b2, worlds.concatenate(world.train, world.heldout))
     key = distributed.put(jax.random.key(10_000 + config.seed), meshes.replicated(lab.mesh))
     boundary = len(world.train.text) * config.pictures
@@ -354,11 +354,14 @@ def open_reward(config: Experiment) -> HostReward | None:
     return HostReward(config.reward, jpeg.REWARDS[config.reward])
 
 
-def make_score(world: World, reward: str, host: HostReward | None) -> b2_diffurl.Reward:
+def make_score(lab: Lab, reward: str, host: HostReward | None) -> b2_diffurl.Reward:
     """The run's reward to be called outside of compiled code, as a `b2_diffurl.Reward`."""
     if host is None:
-        return jax.jit(world.rewards[reward])
-    return lambda images, batch, _: jnp.asarray(host.result(host.submit(to_uint8(images), batch)))
+        return jax.jit(lab.world.rewards[reward])
+    everywhere = meshes.replicated(lab.mesh)
+    return lambda images, batch, _: distributed.put(
+        host.result(host.submit(to_uint8(images), batch)), everywhere
+    )
 
 
 def make_stage(

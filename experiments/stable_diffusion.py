@@ -294,7 +294,10 @@ def make_score(lab: Lab) -> b2_diffurl.Reward:
     if host is None:
         assert lab.rewards.device is not None
         return jax.jit(lab.rewards.device)
-    return lambda images, batch, _: jnp.asarray(host.result(host.submit(to_uint8(images), batch)))
+    everywhere = meshes.replicated(lab.mesh)
+    return lambda images, batch, _: distributed.put(
+        host.result(host.submit(to_uint8(images), batch)), everywhere
+    )
 
 
 def chosen_rows(lab: Lab, count: int) -> dict[str, list[int]]:
@@ -405,10 +408,9 @@ def with_model(config: Experiment, workdir: Path) -> Experiment:
     if config.model != RANDOM:
         return config
     model, clip = workdir / "random-model", workdir / "random-clip"
-    if distributed.is_main():
-        random_pipeline.write_pipeline(model, config.seed)
-        random_pipeline.write_clip(clip, config.seed)
-    distributed.barrier("random model")
+    # On every process, each of which has a work directory of its own.
+    random_pipeline.write_pipeline(model, config.seed)
+    random_pipeline.write_clip(clip, config.seed)
     rewards = dataclasses.replace(config.rewards, clip=str(clip))
     return dataclasses.replace(config, model=str(model), rewards=rewards)
 

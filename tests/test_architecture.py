@@ -25,7 +25,7 @@ ALLOWED = {
     "ops": ["core.types", "ops"],
     "models": ["core.types", "core.state", "ops", "models"],
     "envs": ["core.types", "ops", "envs"],
-    "rewards": ["core.types", "ops", "rewards"],
+    "rewards": ["core.types", "core.distributed", "ops", "rewards"],
     # Generators of data sets let an oracle act in environments: hence envs and rollout.
     "data": ["core.types", "core.checkpoint", "ops", "rewards", "envs", "rollout", "data"],
     "rollout": ["core.types", "ops", "rollout"],

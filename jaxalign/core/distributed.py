@@ -12,7 +12,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign.core.types import PyTree, UserError
+from jaxalign.core import mesh as meshes
+from jaxalign.core.types import NonFinite, PyTree, UserError
 
 # What says where the others are, on hosts that nobody else tells: JAX's own names.
 COORDINATOR, PROCESSES, PROCESS = (
@@ -32,6 +33,9 @@ COORDINATOR, PROCESSES, PROCESS = (
 # Seconds after which a process that is not heard of is taken for dead, and the run ends.
 HEARTBEAT = "JAXALIGN_HEARTBEAT_SECONDS"
 JOIN_SECONDS, HEARTBEAT_SECONDS, LEAVE_SECONDS = 300, 30, 20
+
+# What `raise_together` tells, by number (0: nothing), and in how many bytes.
+KINDS, SAID = (type(None), UserError, NonFinite), 512
 
 LOST = 134  # exit code: another process was lost; as of those that JAX itself ends
 
@@ -147,10 +151,12 @@ def _put(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
         numbers = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)
-    # device_put would first compare the values of all processes, leaf by leaf.
-    return jax.make_array_from_callback(
-        host.shape, sharding, lambda index: host[index], dtype=host.dtype
-    )
+    # device_put would first compare the values of all processes, leaf by leaf. Like it, this is
+    # meant, and no transfer to be guarded against.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(
+            host.shape, sharding, lambda index: host[index], dtype=host.dtype
+        )
 
 
 def fetch(tree: PyTree) -> PyTree:
@@ -171,8 +177,8 @@ def _whole_array(leaf: Any) -> Any:
 
 
 @functools.cache
-def _copied(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda array: array, out_shardings=sharding)
+def _copied(sharding: NamedSharding) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
 def all_agree(here: bool) -> bool:
@@ -210,6 +216,97 @@ def barrier(name: str, seconds: float = JOIN_SECONDS) -> None:
             f"a process of the run did not come to {name} within {seconds:g} seconds; "
             "look at what it last said, then go on with --resume"
         ) from error
+
+
+# --- rows, each process its own ------------------------------------------------------------------
+
+
+def lay_by_rows(tree: PyTree) -> PyTree:
+    """Arrays of the whole mesh laid so that every row is whole on some process, and all alike.
+
+    tree: arrays `[B, ...]`, the first of which tells the mesh. Returns at once; all processes call
+        it at the same point of the program. `own_rows` may come later, at any time.
+    """
+    if count() == 1:
+        return tree
+    first = jax.tree.leaves(tree)[0]
+    mesh = first.sharding.mesh
+    even = len(first) % meshes.data_devices(mesh) == 0
+    return _copied(meshes.batch_sharding(mesh) if even else meshes.replicated(mesh))(tree)
+
+
+def own_rows(tree: PyTree) -> tuple[np.ndarray, PyTree]:
+    """The rows that this process is to see to: their numbers, and what lies in them, of NumPy.
+
+    Over all processes every row comes once; alone, a process has all. Waits for the devices, and
+    for no other process. tree: of `lay_by_rows`.
+    """
+    first = jax.tree.leaves(tree)[0]
+    if count() == 1:
+        return np.arange(len(first)), jax.device_get(tree)
+    where = first.sharding.devices_indices_map(first.shape)
+    holders = [(index[0], device.process_index) for device, index in where.items()]
+    held, mine = share_of(holders, len(first), jax.process_index())
+    return held[mine], jax.tree.map(lambda leaf: _held(leaf)[mine], tree)
+
+
+def share_of(
+    holders: Sequence[tuple[slice, int]], count: int, process: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows, of `count`, that a process holds, and which of those are its to see to.
+
+    holders: for each device the rows on it, and its process. Rows that several processes hold are
+    taken in turns. Returns: numbers, rising, and as many bools.
+    """
+    parts: dict[int, tuple[range, set[int]]] = {}
+    for rows, holder in holders:
+        numbers = range(*rows.indices(count))
+        parts.setdefault(numbers.start, (numbers, set()))[1].add(holder)
+    here = [(rows, sorted(who)) for _, (rows, who) in sorted(parts.items()) if process in who]
+    held = [row for rows, _ in here for row in rows]
+    mine = [who[row % len(who)] == process for rows, who in here for row in rows]
+    return np.array(held, int), np.array(mine, bool)
+
+
+def _held(array: jax.Array) -> np.ndarray:
+    """The rows that lie on this process, in their order, each once."""
+    parts = {shard.index[0].indices(len(array))[0]: shard for shard in array.addressable_shards}
+    return np.concatenate(jax.device_get([parts[first].data for first in sorted(parts)]))
+
+
+def total(here: np.ndarray) -> np.ndarray:
+    """The sum of what the processes have, on all; exact where all but one have 0."""
+    return here if count() == 1 else _gathered(here).sum(0)
+
+
+_met = 0
+
+
+def raise_together(error: UserError | None, what: str, seconds: float = JOIN_SECONDS) -> None:
+    """Raises on every process what went wrong on any of them, so that none waits for another.
+
+    All must ask at the same point of the program. error: what went wrong here. what: was done.
+    seconds: that others may need longer for it.
+    """
+    global _met
+    if count() > 1:
+        _met += 1
+        barrier(f"{what} {_met}", seconds)  # devices may wait for one another less long
+        kind = 0 if error is None else KINDS.index(type(error))
+        said = str(error or "").encode()[: SAID - 1]
+        sent = np.frombuffer(bytes([kind]) + said.ljust(SAID - 1, b"\0"), np.uint8)
+        found = _gathered(sent)
+        for process in np.flatnonzero(found[:, 0]) if error is None else ():
+            text = found[process, 1:].tobytes().rstrip(b"\0").decode(errors="ignore")
+            raise KINDS[found[process, 0]](f"on process {process}: {text}")
+    if error is not None:
+        raise error
+
+
+def _gathered(here: np.ndarray) -> np.ndarray:
+    """What each process has, `[processes, ...]`, on all."""
+    with jax.transfer_guard("allow"):  # it reads its own answer
+        return multihost_utils.process_allgather(here)
 
 
 # --- ending --------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
+from jaxalign.core import distributed
 from jaxalign.core import mesh as meshes
 from jaxalign.core import state as states
 from jaxalign.core import step as steps
@@ -636,7 +637,8 @@ def make_host_stage(
             samples, pictures, batch = rollout(state, task, sample_key)
             parts.append(samples)
             asked.append(reward.submit(pictures, batch))
-        rewards = [jax.device_put(reward.result(a), rows or state.step.sharding) for a in asked]
+        where = rows or state.step.sharding
+        rewards = [distributed.put(reward.result(a), where) for a in asked]
         return learn(state, task, parts, rewards, update_key)
 
     return stage

@@ -11,7 +11,7 @@ protocol: fill in the captioner.
     serve(recall, port=8000)
 
 The standard library alone, so that it runs in the captioner's own environment. Requests are
-answered one after the other, as one captioner would.
+answered one after the other, as one captioner would; those of a run's other processes wait.
 
 Dimensions: B pictures of a request.
 """
@@ -23,6 +23,8 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
+
+WAITING = 128  # requests that may wait, of so many processes
 
 # (B JPEG files, B prompts) -> B numbers
 Recall = Callable[[list[bytes], list[str]], Sequence[float]]
@@ -50,7 +52,10 @@ def make_server(recall: Recall, port: int, host: str = "127.0.0.1") -> HTTPServe
         def log_message(self, format: str, *args: object) -> None:
             logging.info(format, *args)
 
-    return HTTPServer((host, port), Answer)
+    class Server(HTTPServer):
+        request_queue_size = WAITING
+
+    return Server((host, port), Answer)
 
 
 def _answer(recall: Recall, body: bytes) -> tuple[int, bytes]:

@@ -57,8 +57,9 @@ def caption_score(
     """A score for `HostReward`: `(pictures [B, H, W, 3] u8, {"prompt": [B], ...}) -> [B] f64`.
 
     url: of the server, "http://host:port/...". prompts: the run's, to which batch["prompt"] points.
-    batch: pictures a request. timeout: seconds that one may take. tries: of each request, `pause`
-        seconds after the first failure, then twice as long each time.
+    batch: pictures a request. timeout: seconds that one may take, with those of the run's other
+        processes before it. tries: of each request, `pause` seconds after the first failure, then
+        twice as long each time.
     Give the `HostReward` a timeout that holds for all requests of a call.
     Raises: UserError for a url that is not of http, or numbers out of range; when scoring, one that
         names the url if the server cannot be reached, fails or answers something else.

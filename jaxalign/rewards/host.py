@@ -3,6 +3,9 @@
 Such a reward is asked in a thread of its own, so the devices go on with what was dispatched to them
 meanwhile, and what goes wrong in it ends the run with one line instead of a hang or a traceback.
 
+Of a run on several processes each asks its own reward about the pictures on its own devices, every
+picture once; all learn all rewards, and what goes wrong on one ends all.
+
 Dimensions: B pictures asked about at once, H W C a picture.
 """
 
@@ -19,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.core import distributed
 from jaxalign.core.types import Array, NonFinite, PyTree, UserError
 
 # (pictures [B, H, W, C] u8, {"prompt": [B], "target": ..., ...}) -> [B] numbers, all of numpy
@@ -55,21 +59,33 @@ class HostReward:
         """Asks for the rewards of pictures `[B, H, W, C] u8` that may not be computed yet.
 
         Returns at once, with what `result` takes. batch: what else the reward may know, rows `[B]`.
+        Processes submit the same arrays, of the whole mesh, and ask for results, in step.
         """
         assert not self._closed, "submitted to a reward that was closed"
         assert pictures.dtype == np.uint8, f"pictures are {pictures.dtype}: see to_uint8"
         if self._thread is None:
             self._start()
         future: Future = futures.Future()
-        self._jobs.put((future, pictures, batch))
+        self._jobs.put((future, *distributed.lay_by_rows((pictures, batch))))
         return future
 
     def result(self, future: Future) -> np.ndarray:
-        """The rewards `[B] f32`, waited for.
+        """The rewards `[B] f32` of all pictures, waited for.
 
         Raises: UserError when the reward raised, timed out or gave another shape, NonFinite when a
-            number of it is not finite.
+            number of it is not finite, on this process or another.
         """
+        rewards, wrong = np.zeros(()), None
+        try:
+            rewards = self._awaited(future)
+        except UserError as error:
+            wrong = error
+        longest = self.timeout + distributed.JOIN_SECONDS  # the pictures may be late, too
+        distributed.raise_together(wrong, f"reward {self.name}", longest)
+        return distributed.total(rewards)
+
+    def _awaited(self, future: Future) -> np.ndarray:
+        """The rewards of this process's pictures among zeros, `[B] f32`."""
         while not future.done():
             futures.wait([future], LOOK)
             # Calls are made in order, so the one that is late is this one or one before it.
@@ -94,11 +110,6 @@ class HostReward:
         self.close()
 
     def _start(self) -> None:
-        if jax.process_count() > 1:
-            raise UserError(
-                f"reward {self.name}: a reward on the host sees the pictures of one process only, "
-                f"and this run has {jax.process_count()}; use a reward that runs on the devices"
-            )
         # A daemon, so that a hung call does not keep the process from ending. Executors of
         # concurrent.futures wait for their threads at exit.
         self._thread = threading.Thread(target=self._work, name=f"reward {self.name}", daemon=True)
@@ -122,7 +133,14 @@ class HostReward:
         return True
 
     def _ask(self, pictures: Array, batch: PyTree) -> np.ndarray:
-        images, rows = jax.tree.map(np.array, jax.device_get((pictures, batch)))
+        numbers, own = distributed.own_rows((pictures, batch))
+        rewards = np.zeros(len(pictures), np.float32)
+        if len(numbers):
+            rewards[numbers] = self._scored(numbers, *jax.tree.map(np.array, own))
+        return rewards
+
+    def _scored(self, numbers: np.ndarray, images: np.ndarray, rows: PyTree) -> np.ndarray:
+        """The rewards of the pictures with these numbers."""
         self._begun = time.monotonic()
         try:
             with np.errstate(over="ignore"):  # a number too large for f32 is infinite: told below
@@ -136,10 +154,11 @@ class HostReward:
             ) from error
         finally:
             self._begun = None
-        self._check(rewards, len(images))
+        self._check(rewards, numbers)
         return rewards
 
-    def _check(self, rewards: np.ndarray, pictures: int) -> None:
+    def _check(self, rewards: np.ndarray, numbers: np.ndarray) -> None:
+        pictures = len(numbers)
         if rewards.shape != (pictures,):
             raise UserError(
                 f"reward {self.name}: gave shape {rewards.shape} for {pictures} pictures; return "
@@ -149,7 +168,7 @@ class HostReward:
         if bad.size:
             raise NonFinite(
                 f"reward {self.name}: {bad.size} of {pictures} numbers are not finite, first "
-                f"{rewards[bad[0]]} in row {bad[0]}; mend the reward"
+                f"{rewards[bad[0]]} in row {numbers[bad[0]]}; mend the reward"
             )
 
     def _is_late(self) -> bool:

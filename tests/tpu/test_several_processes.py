@@ -130,6 +130,109 @@ def test_two_processes_give_the_numbers_of_one(
     assert json.loads(env.read_text())["processes"] == 2
 
 
+# --- rewards on the host --------------------------------------------------------------------------
+
+
+def test_a_reward_on_the_host_gives_the_numbers_of_one_process(tmp_path: Path):
+    """JPEG sizes: in training, in evaluations and in the pictures that are kept."""
+    words = ("--arms", "ddpo", "--reward", "compressibility")
+    there, here = tmp_path / "two", tmp_path / "one"
+    assert on_pod(2, 4, command("b2_diffurl", there, *words), tmp_path / "logs") == 0
+    alone(1, command("b2_diffurl", here, *words))
+    assert_same(numbers(there), numbers(here), rtol=2e-4)
+    assert len(set(numbers(there).values())) > 20
+    for name in ("samples-before.npz", "samples-after.npz"):
+        (two, one) = (np.load(folder / "ddpo" / name) for folder in (there, here))
+        np.testing.assert_allclose(two["train/reward"], one["train/reward"], rtol=1e-3)
+        assert np.unique(one["train/reward"]).size > 1
+
+
+ROWS = """
+import jax, numpy as np
+from experiments.cli import exit_codes
+from jaxalign.core import distributed
+from jaxalign.core import mesh as meshes
+from jaxalign.rewards.host import HostReward
+with distributed.left_together(), exit_codes():
+    distributed.start()
+    seen = []
+    def score(images, batch):
+        seen.append(len(images))
+        assert (images[:, 0, 0, 0] == batch["prompt"]).all() and len(images)
+        return 10.0 * batch["target"]["shape"][:, 1]
+    for text, rows, mine in {cases}:
+        mesh = meshes.make_mesh(meshes.parse_mesh(text))
+        number = np.arange(rows, dtype=np.int32)
+        images = np.tile(number.astype(np.uint8)[:, None, None, None], (1, 2, 2, 3))
+        batch = {{"prompt": number, "target": {{"shape": np.stack([0 * number, number], 1)}}}}
+        asked = distributed.put((images, batch), meshes.replicated(mesh))
+        with HostReward("mine", score) as reward, jax.transfer_guard("disallow"):
+            found = [reward.result(a) for a in [reward.submit(*asked) for _ in range(2)]]
+        np.testing.assert_array_equal(found, np.stack(2 * [10.0 * number]))
+        own = mine[jax.process_index()]
+        assert seen == (2 * [own] if own else []), (text, rows, seen)
+        seen.clear()
+"""
+
+
+def test_every_picture_is_scored_once(tmp_path: Path):
+    """On meshes where several processes hold the same pictures, and of numbers that do not divide.
+
+    A case: the mesh, pictures, and how many each process scores.
+    """
+    cases = [
+        ("data=-1", 16, (8, 8)),
+        ("data=-1", 3, (2, 1)),
+        ("data=-1", 1, (1, 0)),
+        ("tensor=2,data=4", 8, (4, 4)),
+        ("data=4,tensor=2", 8, (4, 4)),
+        ("tensor=8", 5, (3, 2)),
+    ]
+    words = [sys.executable, "-c", ROWS.format(cases=cases)]
+    assert on_pod(2, 4, words, tmp_path) == 0
+
+
+FAILS = """
+import time
+import jax, numpy as np
+from experiments.cli import exit_codes
+from jaxalign.core import distributed
+from jaxalign.core import mesh as meshes
+from jaxalign.rewards.host import HostReward
+def score(images, batch):
+    if jax.process_index() == 1:
+        {fails}
+    return np.zeros(len(images))
+with distributed.left_together(), exit_codes():
+    distributed.start()
+    pictures = np.zeros((8, 2, 2, 3), np.uint8)
+    asked = distributed.put(pictures, meshes.batch_sharding(meshes.make_mesh()))
+    with HostReward("mine", score, timeout=2) as reward:
+        found = [reward.submit(asked, {{}}) for _ in range(3)]
+        reward.result(found[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "code", "said"),
+    [
+        ("raise ValueError('odd')", 2, "reward mine: raised ValueError: odd; mend the reward"),
+        ("return images.sum((1, 2, 3)) + np.nan", 3, "first nan in row 4; mend the reward"),
+        ("time.sleep(1000)", 2, "reward mine: no answer within 2 seconds"),
+    ],
+)
+def test_a_reward_that_fails_on_one_process_ends_the_run_on_all(
+    fails: str, code: int, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    words, begun = [sys.executable, "-c", FAILS.format(fails=fails)], time.monotonic()
+    assert on_pod(2, 4, words, tmp_path) == code
+    assert time.monotonic() - begun < 100, "nobody waited to be killed"
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if "on process 1" in line)
+    assert line.startswith("error: on process 1: reward mine: ") and said in line
+    log = (tmp_path / "process-1.log").read_text()
+    assert "error: reward mine: " in log and said in log and "Traceback" not in log
+
+
 # --- saved by eight devices, read by others -------------------------------------------------------
 
 
