@@ -21,7 +21,7 @@ from jaxalign.core.state import paths
 from jaxalign.core.types import LanguageModel, Params, PyTree, UserError
 from jaxalign.models import gpt2, llama, scalar_head, weights
 from jaxalign.models.hub import Tensor
-from jaxalign.models.weights import Leaf, Shardings
+from jaxalign.models.weights import Leaf, Rules, Shardings
 
 Config = gpt2.Config | llama.Config
 
@@ -108,6 +108,11 @@ def build(config: Config, dtype: DTypeLike = jnp.float32, *, remat: bool = False
     return llama.llama(config, dtype, remat=remat)
 
 
+def rules(config: Config) -> Rules:
+    """How the parameters of a configuration, with either head, are spread over a mesh."""
+    return _family(config).RULES
+
+
 def tokenizer(path: Path | str) -> Any:
     """The folder's own tokenizer (transformers), with its chat template.
 
@@ -144,7 +149,7 @@ def _placing(
     abstract: PyTree, config: Config, dtype: DTypeLike, shardings: Shardings | None
 ) -> dict[str, Leaf]:
     """Path to its leaf's shape, dtype and place; a scalar head stays f32."""
-    place = weights.places(abstract, _family(config).RULES, dtype, shardings)
+    place = weights.places(abstract, rules(config), dtype, shardings)
     heads = {name: leaf for name, leaf in place.items() if name.startswith("head/")}
     return place | {name: leaf._replace(dtype=jnp.float32) for name, leaf in heads.items()}
 
