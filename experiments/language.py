@@ -479,11 +479,12 @@ def compiled_iteration(
     scalar: ScalarModel,
     judge: ScalarModel,
     r3: r3hf.Config,
-    rows: jax.sharding.NamedSharding,
+    mesh: jax.sharding.Mesh,
 ) -> Callable[[TrainState, r3hf.Task, Array], tuple[TrainState, dict[str, Array]]]:
     """`r3hf.make_iteration`, once for equal arguments."""
+    rows = meshes.batch_sharding(mesh)
     iteration = r3hf.make_iteration(make_parts(problem, scalar, judge), r3, rows)
-    return staying(iteration, rows.mesh, problem.rules)
+    return staying(iteration, mesh, problem.rules)
 
 
 def make_parts(problem: Problem, scalar: ScalarModel, judge: ScalarModel) -> r3hf.Parts:
@@ -516,8 +517,7 @@ def train_arm(
     key = distributed.put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
     # The rates live in the optimizer's state: one compiled iteration serves all of a sweep.
     any_rate = dataclasses.replace(r3, policy_rate=1.0, critic_rate=1.0, iterations=1)
-    rows = meshes.batch_sharding(lab.mesh)
-    iteration = compiled_iteration(problem, lab.scalar, lab.judge, any_rate, rows)
+    iteration = compiled_iteration(problem, lab.scalar, lab.judge, any_rate, lab.mesh)
     evaluation = make_evaluation(lab, config, r3)
 
     def measure(state: TrainState, step: int) -> dict[str, Array]:
