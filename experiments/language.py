@@ -144,27 +144,86 @@ def check(config: Experiment) -> None:
 
 def make_lab(config: Experiment) -> Lab:
     """The lab of a configuration; trains what is not cached."""
-    problem = problems.make(config.source)
     mesh = meshes.make_mesh(meshes.parse_mesh(config.mesh))
+    problem = problems.make(config.source, mesh)
     scalar = with_scalar_head(problem.model)
     name: dict[str, Any] = {
-        "source": _plain(config.source),
+        "source": problems.identity(config.source),
         "fine_tuning": _plain(config.fine_tuning),
     }
-    policy = cached("policy", name, lambda: fine_tuned(config, problem, mesh))
+    tune = functools.partial(fine_tuned, config, problem, mesh)
+    if problem.demonstrations is None:
+        policy = tune()  # as its folder has it
+    else:
+        policy = cached("policy", name, tune, abstract_policy(problem, mesh))
     name["reward"] = _plain(config.reward)
     if problem.reward_model:
         judge, reward = problem.reward_model
     else:
         judge = scalar
-        reward = cached("reward", name, lambda: preferring(config, problem, mesh, scalar, policy))
+        prefer = functools.partial(preferring, config, problem, mesh, scalar, policy)
+        reward = cached("reward", name, prefer, abstract_reward(problem, scalar, mesh))
     calibrated = None
-    if any(ARMS[arm].calibrated or ARMS[arm].critic == "calibrated" for arm in config.arms):
+    if asks_for_calibration(config):
         name |= {"calibration": _plain(config.calibration), "n": config.calibration_responses}
-        train = functools.partial(calibrate, config, problem, mesh, judge, policy, reward)
-        calibrated = cached("calibrated", name, train)
-    accuracy = pair_accuracy(judge, reward, problem)
+        learn = functools.partial(calibrate, config, problem, mesh, judge, policy, reward)
+        calibrated = cached("calibrated", name, learn, lying(reward, mesh, problem.reward_rules))
+    accuracy = pair_accuracy(judge, reward, problem, mesh)
     return Lab(problem, mesh, policy, scalar, judge, reward, calibrated, accuracy)
+
+
+def asks_for_calibration(config: Experiment) -> bool:
+    """Whether an arm needs the calibrated reward model."""
+    return any(ARMS[arm].calibrated or ARMS[arm].critic == "calibrated" for arm in config.arms)
+
+
+def lying(tree: PyTree, mesh: jax.sharding.Mesh, rules: meshes.Rules) -> PyTree:
+    """The shapes of `tree` with their places on a mesh, by rules; nothing is allocated."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        meshes.shardings(tree, mesh, rules),
+    )
+
+
+def abstract_policy(problem: Problem, mesh: jax.sharding.Mesh) -> PyTree:
+    """The policy's parameters as shapes that know where they lie."""
+    shapes = jax.eval_shape(lambda: problem.model.init(jax.random.key(0)))
+    return lying(shapes, mesh, problem.rules)
+
+
+def abstract_reward(problem: Problem, judge: ScalarModel, mesh: jax.sharding.Mesh) -> PyTree:
+    """The same for what the rewards are made of, one model or two (`problems.combine`)."""
+    shapes = jax.eval_shape(lambda: judge.init(jax.random.key(0)))
+    one = lying(shapes, mesh, problem.reward_rules)
+    return one if problem.cost_pairs is None else {"reward": one, "cost": one}
+
+
+def placed(tree: PyTree, mesh: jax.sharding.Mesh, rules: meshes.Rules) -> PyTree:
+    """The tree on the mesh by rules; what lies there already is not copied."""
+    return distributed.put(tree, meshes.shardings(tree, mesh, rules))
+
+
+def staying(step: Any, mesh: jax.sharding.Mesh, rules: meshes.Rules) -> Any:
+    """The compiled step `(state, ...) -> (state, ...)`, with the state where it was, by rules.
+
+    Left alone the compiler would choose: then what a plan says of a step holds for the first only.
+    """
+
+    def stay(state: TrainState, *given: Any) -> tuple[TrainState, Any]:
+        state, others = step(state, *given)
+        where = meshes.shardings(state, mesh, rules)
+        return jax.lax.with_sharding_constraint(state, where), others
+
+    return jax.jit(stay, donate_argnums=0)
+
+
+def shared(rows: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+    """Rows dealt out to the devices, or where they do not divide, whole on each."""
+    count = len(jax.tree.leaves(rows)[0])
+    divides = count % meshes.data_devices(mesh) == 0
+    where = meshes.batch_sharding(mesh) if divides else meshes.replicated(mesh)
+    return distributed.put(rows, where)
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -172,11 +231,17 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def train(
-    title: str, state: TrainState, step: Any, data: PyTree, updates: int, mesh: jax.sharding.Mesh
+    title: str,
+    state: TrainState,
+    step: Any,
+    data: PyTree,
+    updates: int,
+    mesh: jax.sharding.Mesh,
+    rules: meshes.Rules,
 ) -> Params:
-    """The parameters after `updates` steps on data that lies on the devices."""
-    key = jax.random.key(0)
-    data, state, key = distributed.put((data, state, key), meshes.replicated(mesh))
+    """The parameters after `updates` steps on data that lies whole on each device."""
+    data, key = distributed.put((data, jax.random.key(0)), meshes.replicated(mesh))
+    state, step = placed(state, mesh, rules), staying(step, mesh, rules)
     shown = ("loss", "accuracy")
     state = fit(
         state, step, lambda i: data, key, steps=updates, title=title, shown=shown, put=_as_is
@@ -190,14 +255,15 @@ def _as_is(batch: PyTree) -> PyTree:
 
 def fine_tuned(config: Experiment, problem: Problem, mesh: jax.sharding.Mesh) -> Params:
     """The policy that RL starts from."""
-    params = problem.init(jax.random.key(config.source.seed))
+    key = jax.random.key(config.source.seed)
     if problem.demonstrations is None:
-        return params
+        return problem.init(key)
     rows = meshes.batch_sharding(mesh)
     step = supervised.make_step(problem.model, config.fine_tuning, problem.decoding.length, rows)
-    state = supervised.init(params, config.fine_tuning)
+    state = supervised.init(problem.init(key), config.fine_tuning)
     updates = config.fine_tuning.updates
-    return train("fine-tuning", state, step, problem.demonstrations, updates, mesh)
+    data, rules = problem.demonstrations, problem.rules
+    return train("fine-tuning", state, step, data, updates, mesh, rules)
 
 
 def preferring(
@@ -212,10 +278,11 @@ def preferring(
     step = reward_model.make_step(scalar.scores, config.reward, rows)
     key = jax.random.key(config.source.seed + 1)
     start = attach_head(policy, problem.model.width, key)
-    updates = config.reward.updates
+    updates, rules = config.reward.updates, problem.reward_rules
 
     def one(title: str, pairs: Any) -> Params:
-        return train(title, reward_model.init(start, config.reward), step, pairs, updates, mesh)
+        state = reward_model.init(start, config.reward)
+        return train(title, state, step, pairs, updates, mesh, rules)
 
     reward = one("reward model", problem.pairs)
     if problem.cost_pairs is None:
@@ -237,16 +304,23 @@ def calibrate(
             "arms: calibrated prefixes are for one reward model, this source has two; leave out "
             "the calibrated arms"
         )
-    data = sampled(
-        problem, policy, config.calibration_responses, jax.random.key(17), config.rl.rollouts
-    )
+    count, at_once = config.calibration_responses, config.rl.rollouts
+    data = sampled(problem, policy, count, jax.random.key(17), at_once, mesh)
     rows, length = meshes.batch_sharding(mesh), problem.decoding.length
     step = reward_model.make_calibration_step(scalar.scores, config.calibration, length, rows)
     state = reward_model.init_calibration(reward, config.calibration)
-    return train("calibration", state, step, data, config.calibration.updates, mesh)
+    updates, rules = config.calibration.updates, problem.reward_rules
+    return train("calibration", state, step, data, updates, mesh, rules)
 
 
-def sampled(problem: Problem, policy: Params, count: int, key: Array, at_once: int) -> Responses:
+def sampled(
+    problem: Problem,
+    policy: Params,
+    count: int,
+    key: Array,
+    at_once: int,
+    mesh: jax.sharding.Mesh,
+) -> Responses:
     """Responses of a policy to training prompts. at_once: how many are held in memory."""
     prompt_key, key = jax.random.split(key)
     row = jax.random.randint(prompt_key, (count,), 0, problem.prompts.ids.shape[0])
@@ -255,7 +329,8 @@ def sampled(problem: Problem, policy: Params, count: int, key: Array, at_once: i
     parts = []
     for first in range(0, count, at_once):
         rows = slice(first, first + at_once)
-        decoded = draw(policy, ids[rows], mask[rows], jax.random.fold_in(key, first))
+        prompts = shared((ids[rows], mask[rows]), mesh)
+        decoded = draw(policy, *prompts, jax.random.fold_in(key, first))
         parts.append(Responses(decoded.ids, decoded.mask))
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
@@ -267,7 +342,9 @@ def _decode(
     return decode.decode(problem.model, policy, ids, mask, key, **how)
 
 
-def pair_accuracy(judge: ScalarModel, reward: Params, problem: Problem) -> float:
+def pair_accuracy(
+    judge: ScalarModel, reward: Params, problem: Problem, mesh: jax.sharding.Mesh
+) -> float:
     """Share of held-back pairs that the reward model orders as their labels do."""
     params = reward.get("reward", reward)
     loss = jax.jit(functools.partial(reward_model.preference_loss, judge.scores))
@@ -275,7 +352,7 @@ def pair_accuracy(judge: ScalarModel, reward: Params, problem: Problem) -> float
     ordered = Mean(jnp.zeros(()), jnp.zeros(()))
     for first in range(0, pairs.chosen.ids.shape[0], PAIRS_AT_ONCE):
         part = jax.tree.map(lambda a, i=first: a[i : i + PAIRS_AT_ONCE], pairs)
-        ordered += loss(params, part, key)[1]["accuracy"]
+        ordered += loss(params, shared(part, mesh), key)[1]["accuracy"]
     return float(ordered.value())
 
 
@@ -300,8 +377,14 @@ def make_evaluation(
     """`state -> ({"heldout/gold": ...}, responses)`; the same prompts and keys at every call."""
     problem = lab.problem
     heldout = Prompts(*(jnp.asarray(a)[: config.evaluated] for a in problem.heldout))
-    given = (heldout, lab.reward, problem.gold_params, jax.random.key(10_000 + config.seed))
-    given = distributed.put(given, meshes.replicated(lab.mesh))
+    others = (problem.gold_params, jax.random.key(10_000 + config.seed))
+    others = distributed.put(others, meshes.replicated(lab.mesh))
+    reward = placed(lab.reward, lab.mesh, problem.reward_rules)
+    if config.source.name in problems.REAL:
+        heldout = shared(heldout, lab.mesh)
+    else:  # small, and numbers that are to the bit those of earlier runs
+        heldout = distributed.put(heldout, meshes.replicated(lab.mesh))
+    given = (heldout, reward, *others)
     score = problems.combine(problem, lab.judge.scores)
 
     @jax.jit
@@ -368,10 +451,20 @@ def start_state(lab: Lab, config: Experiment, arm: str) -> TrainState:
             "policy; leave this arm out"
         )
     scores = lab.calibrated if start == "calibrated" else lab.reward
-    random = lab.scalar.init(jax.random.key(20_000 + config.seed))
+    draw = jax.random.key(20_000 + config.seed)
+    random = (
+        random_critic(lab, draw) if start == "random" else jax.eval_shape(lab.scalar.init, draw)
+    )
     kind = "reward" if start == "calibrated" else start
     body = attach_head(lab.policy, lab.problem.model.width)["model"]
     return r3hf.init(r3, lab.policy, r3hf.critic_params(kind, body, scores or {}, random))
+
+
+def random_critic(lab: Lab, key: Array) -> Params:
+    """A scalar model of the policy's sizes, drawn where its parameters lie."""
+    shapes = jax.eval_shape(lab.scalar.init, key)
+    where = meshes.shardings(shapes, lab.mesh, lab.problem.rules)
+    return jax.jit(lab.scalar.init, out_shardings=where)(key)
 
 
 def _same_sizes(reward: Params, policy: Params) -> bool:
@@ -386,12 +479,31 @@ def compiled_iteration(
     scalar: ScalarModel,
     judge: ScalarModel,
     r3: r3hf.Config,
-    rows: jax.sharding.NamedSharding,
+    mesh: jax.sharding.Mesh,
 ) -> Callable[[TrainState, r3hf.Task, Array], tuple[TrainState, dict[str, Array]]]:
     """`r3hf.make_iteration`, once for equal arguments."""
+    rows = meshes.batch_sharding(mesh)
+    iteration = r3hf.make_iteration(make_parts(problem, scalar, judge), r3, rows)
+    return staying(iteration, mesh, problem.rules)
+
+
+def make_parts(problem: Problem, scalar: ScalarModel, judge: ScalarModel) -> r3hf.Parts:
+    """What an iteration is made of."""
     score = problems.combine(problem, judge.scores)
-    parts = r3hf.Parts(problem.model, scalar.scores, score, problem.gold, problem.decoding)
-    return r3hf.make_iteration(parts, r3, rows)
+    return r3hf.Parts(problem.model, scalar.scores, score, problem.gold, problem.decoding)
+
+
+def reward_of(lab: Lab, arm: str) -> Params:
+    """The parameters that the arm's rewards are made of."""
+    return lab.calibrated if ARMS[arm].calibrated and lab.calibrated else lab.reward
+
+
+def make_task(lab: Lab, arm: str) -> r3hf.Task:
+    """What the arm's iterations read: prompts whole on each device, the reward model by rules."""
+    whole = (jax.tree.map(jnp.asarray, lab.problem.prompts), lab.problem.gold_params)
+    prompts, gold = distributed.put(whole, meshes.replicated(lab.mesh))
+    reward = placed(reward_of(lab, arm), lab.mesh, lab.problem.reward_rules)
+    return r3hf.Task(prompts, reward, gold)
 
 
 def train_arm(
@@ -399,16 +511,13 @@ def train_arm(
 ) -> dict[str, float]:
     """Trains one arm into its folder, and returns the final numbers."""
     r3, problem = arm_config(config, arm), lab.problem
-    reward = lab.calibrated if ARMS[arm].calibrated and lab.calibrated else lab.reward
-    task = r3hf.Task(jax.tree.map(jnp.asarray, problem.prompts), reward, problem.gold_params)
+    task = make_task(lab, arm)
     state = r3hf.set_rates(start_state(lab, config, arm), r3.policy_rate, r3.critic_rate)
-    state = distributed.put(state, meshes.shardings(state, lab.mesh, problem.rules))
-    given = (task, jax.random.key(config.seed))
-    task, key = distributed.put(given, meshes.replicated(lab.mesh))
+    state = placed(state, lab.mesh, problem.rules)
+    key = distributed.put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
     # The rates live in the optimizer's state: one compiled iteration serves all of a sweep.
     any_rate = dataclasses.replace(r3, policy_rate=1.0, critic_rate=1.0, iterations=1)
-    rows = meshes.batch_sharding(lab.mesh)
-    iteration = compiled_iteration(problem, lab.scalar, lab.judge, any_rate, rows)
+    iteration = compiled_iteration(problem, lab.scalar, lab.judge, any_rate, lab.mesh)
     evaluation = make_evaluation(lab, config, r3)
 
     def measure(state: TrainState, step: int) -> dict[str, Array]:

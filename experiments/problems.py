@@ -14,7 +14,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxalign.core import mesh as meshes
 from jaxalign.core.mesh import Rules
 from jaxalign.core.types import Array, LanguageModel, Params, PyTree, UserError
 from jaxalign.data import preferences
@@ -22,6 +24,7 @@ from jaxalign.data.preferences import Pairs, PreferenceWorld, Prompts, Responses
 from jaxalign.methods.r3hf import Decoding, Gold, Scores
 from jaxalign.models import folders, gpt2, llama
 from jaxalign.models.scalar_head import ScalarModel
+from jaxalign.models.weights import Shardings
 from jaxalign.ops import redistribution as rd
 
 Name = Literal["synthetic", "text", "nectar", "tldr", "saferlhf"]
@@ -55,6 +58,7 @@ class Source:
     model: str = ""  # real sets: a Hugging Face folder
     reward_model: str = ""  # real sets: a folder with a scalar head; without one it is trained
     cost_weight: float = -1.0  # saferlhf: alpha, of the safety model's score
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # real sets: of the products
     seed: int = 0  # of data and networks before RL
 
     def __post_init__(self) -> None:
@@ -68,6 +72,7 @@ class Problem(NamedTuple):
 
     model, init: the language model, and `key -> params` to start fine-tuning from.
     config: its sizes, as a folder is written from them. rules: how its parameters are sharded.
+    reward_rules: how the reward model's are.
     prompts, heldout: `[N, P]`. demonstrations: None where the model is used as it is.
     pairs, test_pairs: to train the reward model and to test it. cost_pairs: of a second one.
     reward_model: one that is trained already, with its parameters.
@@ -80,6 +85,7 @@ class Problem(NamedTuple):
     init: Callable[[Array], Params]
     config: gpt2.Config | llama.Config
     rules: Rules
+    reward_rules: Rules
     decoding: Decoding
     prompts: Prompts
     heldout: Prompts
@@ -111,9 +117,26 @@ def check(source: Source) -> None:
         _world(source)
 
 
-def make(source: Source) -> Problem:
-    """The problem that a source describes."""
-    return _real(source) if source.name in REAL else _ours(source)
+def make(source: Source, mesh: Mesh | None = None) -> Problem:
+    """The problem that a source describes.
+
+    mesh: where the parameters of a folder lie, by their rules; default: the first device.
+    """
+    return _real(source, mesh) if source.name in REAL else _ours(source)
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What the networks that are trained on a source depend on, to name them by."""
+    values = dataclasses.asdict(source)
+    if source.name not in REAL:
+        del values["dtype"]  # always f32
+    return values
+
+
+def computing(source: Source, mesh: Mesh | None) -> dict[str, Any]:
+    """How the networks of a real set compute, as keywords of `folders.build` and its like."""
+    rows = None if mesh is None else meshes.batch_sharding(mesh)
+    return {"dtype": jnp.dtype(source.dtype), "remat": True, "rows": rows}
 
 
 def combine(problem: Problem, scores: Scores) -> Scores:
@@ -162,6 +185,7 @@ def _ours(source: Source) -> Problem:
         model.init,
         sizes,
         gpt2.RULES,
+        gpt2.RULES,
         Decoding(world.response_length, (world.stop,), world.pad),
         world.prompts(keys[0], source.prompts),
         world.heldout(keys[1], source.prompts),
@@ -180,11 +204,12 @@ def _ours(source: Source) -> Problem:
 # --- real preference sets -------------------------------------------------------------------------
 
 
-def _real(source: Source) -> Problem:
+def _real(source: Source, mesh: Mesh | None) -> Problem:
     from jaxalign.data import preference_sets
 
-    model, params = folders.load(source.model)
     config = folders.read_config(source.model)
+    reward_config = folders.read_config(source.reward_model or source.model)
+    loading: dict[str, Any] = {**computing(source, mesh), "shardings": _placing(mesh)}
     tokenizer = folders.tokenizer(source.model)
     read = functools.partial(
         preference_sets.load,
@@ -208,28 +233,74 @@ def _real(source: Source) -> Problem:
         given = (name, source.demonstration_data, tokenizer, *sizes)
         demonstrations = preference_sets.load_demonstrations(*given, limit=source.demonstrations)
     train, test = _cut(pairs)
-    return Problem(
-        source.name,
-        model,
-        lambda key: params,
-        config,
-        gpt2.RULES if isinstance(config, gpt2.Config) else llama.RULES,
-        Decoding(source.response, (tokenizer.eos_token_id,), tokenizer.pad_token_id or 0),
-        _prompts_of(train, source.prompt),
-        _prompts_of(test, source.prompt),
-        demonstrations,
-        train,
-        test,
-        cost_pairs,
-        _reward_model(source, tokenizer),
-        source.cost_weight,
-        _unknown,
-        (),
-        tokenizer.decode,
+    return outline(source, mesh, config, reward_config)._replace(
+        init=lambda key: folders.load(source.model, **loading)[1],
+        decoding=Decoding(source.response, (tokenizer.eos_token_id,), tokenizer.pad_token_id or 0),
+        prompts=_prompts_of(train, source.prompt),
+        heldout=_prompts_of(test, source.prompt),
+        demonstrations=demonstrations,
+        pairs=train,
+        test_pairs=test,
+        cost_pairs=cost_pairs,
+        reward_model=_reward_model(source, tokenizer, loading),
+        words=tokenizer.decode,
     )
 
 
-def _reward_model(source: Source, tokenizer: Any) -> tuple[ScalarModel, Params] | None:
+def outline(
+    source: Source,
+    mesh: Mesh | None,
+    config: folders.Config,
+    reward_config: folders.Config | None = None,
+) -> Problem:
+    """The problem of a real set before anything is read: networks, rules, and shapes for data.
+
+    mesh: that batches will be spread over. config, reward_config: sizes of the policy, and of the
+        reward model where they are others.
+    """
+    length = source.prompt + source.response
+    prompts = Prompts(*_shapes(source.pairs, source.prompt))
+    responses = Responses(*_shapes(source.pairs, length))
+    pairs = Pairs(responses, responses)
+    model = folders.build(config, **computing(source, mesh))
+    return Problem(
+        name=source.name,
+        model=model,
+        init=model.init,
+        config=config,
+        rules=folders.rules(config),
+        reward_rules=folders.rules(reward_config or config),
+        decoding=Decoding(source.response, (0,), 0),
+        prompts=prompts,
+        heldout=prompts,
+        demonstrations=None,
+        pairs=pairs,
+        test_pairs=pairs,
+        cost_pairs=pairs if source.name == "saferlhf" else None,
+        reward_model=None,
+        cost_weight=source.cost_weight,
+        gold=_unknown,
+        gold_params=(),
+        words=str,
+    )
+
+
+def _shapes(rows: int, slots: int) -> tuple[Any, Any]:
+    """Of ids and their mask."""
+    ids, mask = (jax.ShapeDtypeStruct((rows, slots), kind) for kind in (jnp.int32, jnp.bool_))
+    return ids, mask
+
+
+def _placing(mesh: Mesh | None) -> Shardings | None:
+    """Where a folder's parameters go."""
+    if mesh is None:
+        return None
+    return lambda abstract, rules: meshes.shardings(abstract, mesh, rules)
+
+
+def _reward_model(
+    source: Source, tokenizer: Any, loading: dict[str, Any]
+) -> tuple[ScalarModel, Params] | None:
     """The reward model of the source's folder, if there is one."""
     if not source.reward_model:
         return None
@@ -244,7 +315,7 @@ def _reward_model(source: Source, tokenizer: Any) -> tuple[ScalarModel, Params] 
             f"{source.model}, so the policy's tokens are not prefixes to it; give one with the "
             "same tokenizer, or none and one is trained"
         )
-    return folders.load_reward(source.reward_model)
+    return folders.load_reward(source.reward_model, **loading)
 
 
 def _unknown(params: PyTree, ids: Array, mask: Array) -> Array:

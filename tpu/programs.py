@@ -221,43 +221,28 @@ def language_sizes(config: Any) -> llama.Config:
 def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh, depth: int | None = None) -> list[Program]:
     """PPO of the first arm: sampling with scores, and the learning from them.
 
-    The model is that of `--source.model`, Llama 3.1 8B where none is named; its products are in
-    bfloat16 and its blocks are computed again backwards. All parameters, those of the reward model
-    too, lie by their rules.
+    The model is that of `--source.model`, Llama 3.1 8B where none is named. How it computes, how
+    the parameters lie and where the arm starts is said by the run's own functions.
 
     depth: of all the models, in the place of their own.
     """
     del seeds  # one after the other
-    from experiments import language, problems
-    from jaxalign.data.preferences import Prompts
-    from jaxalign.models.scalar_head import with_scalar_head
+    from experiments import language
 
-    source, r3 = config.source, language.arm_config(config, config.arms[0])
-    sizes = language_sizes(config)
-    if source.name not in problems.REAL:
-        raise UserError(f"source {source.name}: plans are for real sets, nectar, tldr or saferlhf")
-    if depth:
-        sizes = dataclasses.replace(sizes, depth=depth)
-    everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    model = llama.llama(sizes, jnp.bfloat16, remat=True, rows=rows)
-    scalar = with_scalar_head(model)
+    source, arm = config.source, config.arms[0]
+    r3, rows = language.arm_config(config, arm), meshes.batch_sharding(mesh)
     part = r3.rollouts // (r3.minibatches * r3.micro_batches)
     meshes.check_divisible("rl.rollouts / (minibatches * micro_batches) =", part, mesh)
-
-    def by_rules(tree: PyTree) -> PyTree:
-        return spread(tree, meshes.shardings(tree, mesh, llama.RULES))
-
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    reward = jax.eval_shape(scalar.init, key)
-    policy = jax.eval_shape(model.init, key)
-    critic = reward if r3.algorithm == "ppo" else None
-    state = by_rules(jax.eval_shape(lambda p, c: r3hf_method.init(r3, p, c), policy, critic))
-    shape = (source.pairs, source.prompt)
-    ids, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))
-    prompts = spread(Prompts(ids, mask), everywhere)  # ty: ignore[invalid-argument-type]
-    task = r3hf_method.Task(prompts, by_rules(reward), ())
-    decoding = r3hf_method.Decoding(source.response, (128_009,), 0)
-    parts = r3hf_method.Parts(model, scalar.scores, scalar.scores, _no_gold, decoding)
+    lab = language_lab(config, mesh, depth)
+    parts = language.make_parts(lab.problem, lab.scalar, lab.judge)
+    networks = {name: getattr(lab, name) for name in ("policy", "reward", "calibrated")}
+    state = language.lying(
+        jax.eval_shape(lambda n: language.start_state(lab._replace(**n), config, arm), networks),
+        mesh,
+        lab.problem.rules,
+    )
+    prompts = spread(lab.problem.prompts, meshes.replicated(mesh))
+    task = r3hf_method.Task(prompts, language.reward_of(lab, arm), ())
 
     def rollout(state: TrainState, task: r3hf_method.Task, key: Array) -> r3hf_method.Samples:
         policy = r3hf_method.policy_of(state.params)
@@ -271,9 +256,15 @@ def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh, depth: int | None = None
         state, log = r3hf_method.learn(parts, r3, optimizer, rows, state, batch, key)
         return state, (metrics, log)
 
+    stay = language.staying(update, mesh, lab.problem.rules)
     given = (state, task, _key(mesh))
     samples = spread(jax.eval_shape(rollout, *given), rows)
-    cache = jax.eval_shape(lambda: model.empty_cache(r3.rollouts, source.prompt + source.response))
+    slots = source.prompt + source.response
+    cache = jax.eval_shape(lambda: lab.problem.model.empty_cache(r3.rollouts, slots))
+    kept = {"start of the arms": lab.policy}
+    if lab.calibrated is not None:
+        other = lab.reward if task.reward is lab.calibrated else lab.calibrated
+        kept["other reward model"] = other
     held = {
         "parameters": state.params,
         "reference": state.slow,
@@ -288,16 +279,35 @@ def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh, depth: int | None = None
             given,
             held=held,
             within={"cache": spread(cache, rows), "responses": samples},
+            beside=kept,
             turns=source.response - 1,
         ),
-        Program("update", update, (state, task, samples, _key(mesh)), (0,), held),
+        Program("update", stay, (state, task, samples, _key(mesh)), (0,), held, beside=kept),
     ]
 
 
-def _no_gold(_: PyTree, ids: Array, mask: Array) -> Array:
-    """Nobody knows the true score of a real set's responses."""
-    del mask
-    return jnp.zeros(len(ids))
+def language_lab(config: Any, mesh: Mesh, depth: int | None = None) -> Any:
+    """The lab of a run of `r3hf` with shapes in the place of arrays, each where it lies.
+
+    depth: of the models of the policy's sizes, in the place of their own.
+    Raises: UserError for sets that are not real, and as `language_sizes`.
+    """
+    from experiments import language, problems
+    from jaxalign.models import folders
+    from jaxalign.models.scalar_head import with_scalar_head
+
+    source, sizes = config.source, language_sizes(config)
+    if source.name not in problems.REAL:
+        raise UserError(f"source {source.name}: plans are for real sets, nectar, tldr or saferlhf")
+    sizes = dataclasses.replace(sizes, depth=depth or sizes.depth)
+    reward_sizes = folders.read_config(source.reward_model) if source.reward_model else sizes
+    problem = problems.outline(source, mesh, sizes, reward_sizes)
+    judge = with_scalar_head(folders.build(reward_sizes, **problems.computing(source, mesh)))
+    policy = language.abstract_policy(problem, mesh)
+    reward = language.abstract_reward(problem, judge, mesh)
+    calibrated = reward if language.asks_for_calibration(config) else None
+    scalar = with_scalar_head(problem.model)
+    return language.Lab(problem, mesh, policy, scalar, judge, reward, calibrated, math.nan)
 
 
 # --- pictures -------------------------------------------------------------------------------------

@@ -267,13 +267,16 @@ def cached(
 ) -> PyTree:
     """`make()`, or what it returned when it was last called for this kind and config.
 
+    Files are written and read array by array, so that a host holds one of them at a time.
+
     With several processes, which may have caches of their own, either all read or all make: `make`
     may compute on all devices.
 
     kind: a word for the file name, for example "base-digits".
     config: all that the result depends on, as JSON can hold it: the file is named by its hash.
     make: returns nested dicts of arrays (or any tree, when `like` gives its structure).
-    like: a tree of arrays or `ShapeDtypeStruct`s; a file that does not fit it is made again.
+    like: a tree of arrays or `ShapeDtypeStruct`s; a file that does not fit it is made again. What
+        is read goes where its leaf has a sharding, as in `Checkpoints.restore`.
     Raises: UserError when the disk is full.
     """
     text = json.dumps(config, sort_keys=True)
@@ -295,36 +298,48 @@ def cached(
 
 
 def _store(path: Path, tree: PyTree) -> None:
-    arrays = {name: np.asarray(leaf) for name, leaf in distributed.fetch(_flatten(tree)).items()}
-    dtypes = {name: str(array.dtype) for name, array in arrays.items()}
-    # The format knows numpy's own types only, so everything is stored as bytes beside its type.
-    stored = {
-        name: array.reshape((*array.shape, 1)).view(np.uint8) for name, array in arrays.items()
-    }
+    leaves = _flatten(tree)
+    dtypes = {name: str(leaf.dtype) for name, leaf in leaves.items()}
+    stored: dict[str, Any] = {f"tree/{name}": _Stored(leaf) for name, leaf in leaves.items()}
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, dtypes=np.array(json.dumps(dtypes)), **_prefixed(stored))
+        np.savez(file, dtypes=np.array(json.dumps(dtypes)), **stored)
 
 
-def _prefixed(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    return {f"tree/{name}": array for name, array in arrays.items()}
+class _Stored:
+    """An array as bytes, as the format knows numpy's own types only; fetched when it is asked."""
+
+    def __init__(self, leaf: Array) -> None:
+        self._leaf = leaf
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del dtype, copy
+        array = np.asarray(distributed.fetch(self._leaf), order="C")
+        return array.reshape((*array.shape, 1)).view(np.uint8)
 
 
 def _load(path: Path, like: PyTree | None) -> PyTree:
     # Opened here, as numpy leaves a broken file open.
     with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
         dtypes = json.loads(str(file["dtypes"]))
-        arrays = {
-            name: jnp.array(file[f"tree/{name}"].view(jnp.dtype(dtype))[..., 0])
-            for name, dtype in dtypes.items()
-        }
-    if like is None:
-        return _nest(arrays)
-    wanted = _flatten(like)
-    if {name: _describe(leaf) for name, leaf in wanted.items()} != {
-        name: _describe(leaf) for name, leaf in arrays.items()
-    }:
+
+        def read(name: str) -> np.ndarray:
+            return file[f"tree/{name}"].view(jnp.dtype(dtypes[name]))[..., 0]
+
+        if like is None:
+            return _nest({name: jnp.array(read(name)) for name in dtypes})
+        wanted = _flatten(like)
+        if wanted.keys() != dtypes.keys():
+            raise ValueError("its arrays are not those wanted")
+        return jax.tree.unflatten(
+            jax.tree.structure(like), [_fitting(read(name), leaf) for name, leaf in wanted.items()]
+        )
+
+
+def _fitting(array: np.ndarray, leaf: Any) -> Array:
+    """The array where the leaf lies. Raises ValueError for one of another shape or dtype."""
+    if _describe(array) != _describe(leaf):
         raise ValueError("its arrays are not those wanted")
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+    return _like(array, leaf)
 
 
 def _nest(arrays: Mapping[str, Array]) -> dict[str, Any]:

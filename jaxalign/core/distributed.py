@@ -170,10 +170,11 @@ def fetch(tree: PyTree) -> PyTree:
 
 
 def _whole_array(leaf: Any) -> Any:
+    """On the host, where it must be gathered: all of a tree would be too much for a device."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return leaf
     everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-    return _copied(everywhere)(leaf)
+    return jax.device_get(_copied(everywhere)(leaf))
 
 
 @functools.cache

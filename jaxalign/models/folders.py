@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxalign.core.state import paths
 from jaxalign.core.types import LanguageModel, Params, PyTree, UserError
 from jaxalign.models import gpt2, llama, scalar_head, weights
 from jaxalign.models.hub import Tensor
-from jaxalign.models.weights import Leaf, Shardings
+from jaxalign.models.weights import Leaf, Rules, Shardings
 
 Config = gpt2.Config | llama.Config
 
@@ -58,18 +59,19 @@ def load(
     param_dtype: DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
     remat: bool = False,
+    rows: NamedSharding | None = None,
 ) -> tuple[LanguageModel, Params]:
     """The causal language model in a folder, with its parameters.
 
     dtype: of the products. param_dtype: of the parameters.
     shardings: places the parameters, for example
         `lambda params, rules: mesh.shardings(params, devices, rules)`; default: the first device.
-    remat: see `gpt2.gpt2`.
+    remat, rows: see `llama.llama`.
     Raises: UserError for what `read_config` refuses, pickle files, and one that lists every tensor
         that is missing, unknown or of another shape.
     """
     config = read_config(path)
-    model = build(config, dtype, remat=remat)
+    model = build(config, dtype, remat=remat, rows=rows)
     table = _family(config).checkpoint(config)
     place = _placing(jax.eval_shape(model.init, jax.random.key(0)), config, param_dtype, shardings)
     return model, _read(Path(path), table, place)
@@ -82,13 +84,14 @@ def load_reward(
     param_dtype: DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
     remat: bool = False,
+    rows: NamedSharding | None = None,
 ) -> tuple[scalar_head.ScalarModel, Params]:
     """The same for a model with a scalar head, a sequence classifier with num_labels = 1.
 
     The head stays f32. A checkpoint without `score.bias`, as most are, has a bias of zero.
     """
     path, config = Path(path), read_config(path)
-    model = scalar_head.with_scalar_head(build(config, dtype, remat=remat))
+    model = scalar_head.with_scalar_head(build(config, dtype, remat=remat, rows=rows))
     table = _reward_table(config)
     if "score.bias" not in _sources(path):
         table = table[:-1]
@@ -101,11 +104,21 @@ def load_reward(
     return model, params
 
 
-def build(config: Config, dtype: DTypeLike = jnp.float32, *, remat: bool = False) -> LanguageModel:
+def build(
+    config: Config,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    remat: bool = False,
+    rows: NamedSharding | None = None,
+) -> LanguageModel:
     """The model of a configuration of any family."""
-    if isinstance(config, gpt2.Config):
-        return gpt2.gpt2(config, dtype, remat=remat)
-    return llama.llama(config, dtype, remat=remat)
+    make: Any = gpt2.gpt2 if isinstance(config, gpt2.Config) else llama.llama
+    return make(config, dtype, remat=remat, rows=rows)
+
+
+def rules(config: Config) -> Rules:
+    """How the parameters of a configuration, with either head, are spread over a mesh."""
+    return _family(config).RULES
 
 
 def tokenizer(path: Path | str) -> Any:
@@ -144,7 +157,7 @@ def _placing(
     abstract: PyTree, config: Config, dtype: DTypeLike, shardings: Shardings | None
 ) -> dict[str, Leaf]:
     """Path to its leaf's shape, dtype and place; a scalar head stays f32."""
-    place = weights.places(abstract, _family(config).RULES, dtype, shardings)
+    place = weights.places(abstract, rules(config), dtype, shardings)
     heads = {name: leaf for name, leaf in place.items() if name.startswith("head/")}
     return place | {name: leaf._replace(dtype=jnp.float32) for name, leaf in heads.items()}
 

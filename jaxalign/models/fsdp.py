@@ -33,8 +33,15 @@ def gathered(
 
 
 def pinned(x: Array, rows: NamedSharding | None) -> Array:
-    """Activations of which each device has its own rows."""
-    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
+    """Activations of which each device has its own rows, where rows can be shared out."""
+    return x if not _shared(x, rows) else jax.lax.with_sharding_constraint(x, rows)
+
+
+def _shared(x: Array, rows: NamedSharding | None) -> bool:
+    if rows is None:
+        return False
+    parts = rows.mesh.size // rows.shard_shape((rows.mesh.size,))[0]
+    return len(x) % parts == 0
 
 
 def dealt_out(x: Array, rows: NamedSharding | None) -> Array:
@@ -43,8 +50,8 @@ def dealt_out(x: Array, rows: NamedSharding | None) -> Array:
     Each device looks its part of D up for the rows of all of its `fsdp` group, and the parts are
     exchanged: far less than the table.
     """
-    if rows is None or "fsdp" not in rows.mesh.axis_names:
-        return pinned(x, rows)
+    if rows is None or not _shared(x, rows) or "fsdp" not in rows.mesh.axis_names:
+        return x
     others = tuple(axis for axis in rows.mesh.axis_names if axis not in ("fsdp", "tensor"))
     looked_up = NamedSharding(rows.mesh, PartitionSpec(others or None, None, "fsdp"))
     return pinned(jax.lax.with_sharding_constraint(x, looked_up), rows)

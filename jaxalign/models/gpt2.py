@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -152,10 +153,17 @@ class Gpt2(nn.Module):
         return self.token.embedding if self.config.tied else self.lm_head().T
 
 
-def gpt2(config: Config, dtype: DTypeLike = jnp.float32, *, remat: bool = False) -> LanguageModel:
+def gpt2(
+    config: Config,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    remat: bool = False,
+    rows: NamedSharding | None = None,
+) -> LanguageModel:
     """The model as pure functions; parameters are f32, products are in `dtype`.
 
     remat: the backward pass computes each block again instead of keeping what is inside it.
+    rows: how B lies on a mesh.
     """
     return attention.language_model(
         Gpt2(config, dtype, remat),
@@ -166,6 +174,7 @@ def gpt2(config: Config, dtype: DTypeLike = jnp.float32, *, remat: bool = False)
         vocabulary=config.vocabulary,
         width=config.width,
         context=config.context,
+        rows=rows,
     )
 
 

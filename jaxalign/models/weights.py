@@ -39,7 +39,11 @@ class Leaf(NamedTuple):
     sharding: Any
 
     def __call__(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array.astype(self.dtype), self.sharding)
+        array = array.astype(self.dtype)
+        if self.sharding is None or self.sharding.is_fully_addressable:
+            return jax.device_put(array, self.sharding)
+        # device_put would first compare the values of all processes.
+        return jax.make_array_from_callback(self.shape, self.sharding, lambda index: array[index])
 
 
 # --- reading -------------------------------------------------------------------------------------

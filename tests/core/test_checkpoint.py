@@ -315,6 +315,16 @@ def test_cache_directories(monkeypatch, tmp_path):
     assert checkpoint.cache_directory() == tmp_path / ".cache" / "jaxalign"
 
 
+def test_cached_goes_to_its_places(cache):
+    where = mesh.batch_sharding(mesh.make_mesh())
+    like = {"w": jax.ShapeDtypeStruct((8, 3), jnp.bfloat16, sharding=where)}
+    made = {"w": jnp.arange(24, dtype=jnp.bfloat16).reshape(8, 3)}
+    cached("placed", {}, lambda: made)
+    read = cached("placed", {}, lambda: pytest.fail("made twice"), like)
+    assert_same(read, made)
+    assert read["w"].sharding == where
+
+
 def test_cache_on_a_full_disk(cache, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
