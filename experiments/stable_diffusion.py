@@ -213,14 +213,25 @@ def make_decode(lab: Lab, config: Experiment) -> b2_diffurl.Decode:
     return decode
 
 
-def init_state(lab: Lab, config: Experiment, b2: b2_diffurl.Config) -> TrainState:
-    """The state before the first stage, each parameter where its rule says."""
+def init_state(
+    lab: Lab, config: Experiment, b2: b2_diffurl.Config, *, last: bool = False
+) -> TrainState:
+    """The state before the first stage, each parameter where its rule says.
+
+    last: whether no other arm will start from the lab's U-Net, whose memory the state then takes.
+    """
     base, prompts = lab.model.params["unet"], len(lab.prompts.train)
     make = functools.partial(b2_diffurl.init, b2, prompts=prompts, lora_rule=lora_files.RULE)
     key = distributed.put(jax.random.key(config.seed), meshes.replicated(lab.mesh))
     abstract = jax.eval_shape(lambda base, key: make(base, key=key), base, key)
     where = meshes.shardings(abstract, lab.mesh, unet.RULES)
-    return jax.jit(lambda base, key: make(base, key=key), out_shardings=where)(base, key)
+    donated = (0,) if last else ()
+
+    @functools.partial(jax.jit, out_shardings=where, donate_argnums=donated)
+    def start(base: Params, key: Array) -> TrainState:
+        return make(base, key=key)
+
+    return start(base, key)
 
 
 def make_stage(
@@ -319,7 +330,8 @@ def train_arm(
 ) -> dict[str, float]:
     """Trains one arm into its folder, exports it, and returns the final numbers."""
     b2 = method_of(config, arm, lab.mesh)
-    task, state = make_task(lab, b2), init_state(lab, config, b2)
+    task = make_task(lab, b2)
+    state = init_state(lab, config, b2, last=arm == config.arms[-1])
     stage = make_stage(lab, config, b2)
     lists = chosen_rows(lab, config.evaluate_prompts)
     draw = make_drawing(lab, config, b2, config.pictures)

@@ -272,6 +272,7 @@ def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh, depth: int | None = None
         "optimizer": state.opt_state,
         "prompts": prompts,
     }
+    sampling, learning = _ppo_exchanged(config, r3, lab.problem.config, mesh)
     return [
         Program(
             "rollout",
@@ -281,9 +282,42 @@ def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh, depth: int | None = None
             within={"cache": spread(cache, rows), "responses": samples},
             beside=kept,
             turns=source.response - 1,
+            exchanged=sampling,
         ),
-        Program("update", stay, (state, task, samples, _key(mesh)), (0,), held, beside=kept),
+        Program(
+            "update",
+            stay,
+            (state, task, samples, _key(mesh)),
+            (0,),
+            held,
+            beside=kept,
+            exchanged=learning,
+        ),
     ]
+
+
+def _ppo_exchanged(config: Any, r3: r3hf_method.Config, sizes: Any, mesh: Mesh) -> tuple:
+    """Bytes that each device has to send in PPO of a model like Llama: sampling, and learning.
+
+    A pass over whole texts gathers every matrix in bfloat16, and again backwards; the gradient is
+    scattered. The head is gathered in f32 and its gradient summed over all devices. Prefilling a
+    cache gathers in f32; a decode step sums what the rows of an `fsdp` group get from each part.
+    """
+    if not isinstance(sizes, llama.Config) or r3.algorithm != "ppo" or r3.lora_rank:
+        return None, None
+    parts = mesh.shape.get("fsdp", 1)
+    groups, share = meshes.data_devices(mesh) // parts, (parts - 1) / parts
+    inward = sizes.head_dim * (sizes.heads + 2 * sizes.kv_heads) + 2 * sizes.inner
+    outward = sizes.head_dim * sizes.heads + sizes.inner
+    matrices = 2 * sizes.depth * sizes.width * (inward + outward)
+    head = 4 * sizes.vocabulary * sizes.width
+    summed = sum_over(parts, 4 * r3.rollouts // groups * inward)
+    decoding = (config.source.response - 1) * sizes.depth * summed
+    sampling = decoding + share * (3 * matrices + head)  # prefilled, then scored
+    turns = r3.epochs * r3.minibatches * r3.micro_batches
+    turn = share * (2 * 3 * matrices + head) + sum_over(parts * groups, head)
+    turn += sum_over(groups, 2 * matrices / parts)
+    return sampling, turns * turn + share * (2 * matrices + head)
 
 
 def language_lab(config: Any, mesh: Mesh, depth: int | None = None) -> Any:
@@ -426,6 +460,7 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
     }
     if state.slow:
         held["reference"] = state.slow
+    kept = {"start of the arms": by(unet.RULES, base)} if len(config.arms) > 1 else {}
     pairs = b2.suffix_stop * b2.groups * b2.leaves * _kept(b2)
     turns = math.ceil(math.ceil(pairs / b2.updates) / b2.micro_batch)
     return [
@@ -434,7 +469,7 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
             rollout,
             (state, task, _key(mesh)),
             held=held,
-            beside={"trajectories": samples} if chunks > 1 else {},
+            beside=kept | ({"trajectories": samples} if chunks > 1 else {}),
             turns=b2.steps,
             times=chunks,
         ),
@@ -444,6 +479,7 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
             (state, task, samples, rewards, _key(mesh)),
             (0,),
             {**held, "trajectories": samples},
+            beside=kept,
             turns=turns,
             exchanged=b2.epochs * b2.updates * turns * _exchanged(b2, state, shape, dtype, mesh),
         ),
