@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from experiments import starc_worlds
 from jaxalign.core import distributed, metrics
@@ -30,6 +29,7 @@ from jaxalign.core import mesh as meshes
 from jaxalign.core.loop import Preempted
 from jaxalign.core.types import Array
 from jaxalign.ops import starc, tabular
+from jaxalign.ops.rows import on_own_rows
 from jaxalign.ops.starc import CANONICALISATIONS, NORMS
 
 ROWS = (*NORMS, "unnormalised")
@@ -262,10 +262,9 @@ def compiled(
     one = functools.partial(
         one_world, states=states, actions=actions, discount=discount, pairs=pairs, steps=steps
     )
-    spec = PartitionSpec(meshes.data_axes(mesh))
     each = functools.partial(jax.lax.map, one)
-    # An island: batched solves would otherwise be gathered to every device.
-    return jax.jit(jax.shard_map(each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    # Batched solves would otherwise be gathered to every device.
+    return jax.jit(on_own_rows(each, meshes.batch_sharding(mesh)))
 
 
 def run(config: Sizes, folder: Path) -> Points:

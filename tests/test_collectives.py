@@ -17,11 +17,12 @@ import pytest
 from jax.sharding import Mesh
 
 from experiments import b2_diffurl as b2_presets
-from experiments import cli, pictures
+from experiments import cli, downstream, pictures, seed_axis, skill_worlds, skills, starc_figure1
 from experiments import hiql as hiql_presets
 from experiments import metra as metra_presets
 from experiments import r3hf as r3hf_presets
 from jaxalign.core import mesh as meshes
+from jaxalign.envs import skill_tasks
 from jaxalign.methods import b2_diffurl
 from tpu import programs
 
@@ -101,6 +102,28 @@ def b2_stage(mesh: Mesh) -> str:
     return stage.lower(state, task, key).compile().as_text()
 
 
+def downstream_dealt(mesh: Mesh) -> str:
+    config, skilled = downstream.tiny(), dataclasses.replace(metra_presets.tiny(), arms=("metra",))
+    environment, seeds = skill_worlds.make(skilled.environment, skilled.physics), range(8)
+    lab = downstream.Lab(skill_tasks.make(config.control, environment), (), mesh)
+    own = skilled.metra
+    learned = skills.start_state(skills.metra, own, environment, skilled.buffer, seeds)
+    learned = skills.learner(learned)._replace(opt_state={}, slow={})
+    low = downstream.Skills(skills.metra, own, seed_axis.spread(learned, len(seeds), mesh)[0])
+    high = downstream.chooser(config, "metra", own)
+    state = downstream.start_state(high, own, lab.task, seeds)
+    state, key = seed_axis.spread(state, len(seeds), mesh)[0], jax.random.key(0)
+    train = downstream.make_training(high, low, lab, config, seeds)
+    key = jax.device_put(key, meshes.replicated(mesh))
+    return train.lower(state, (low.state, ()), key).compile().as_text()
+
+
+def starc_figure(mesh: Mesh) -> str:
+    evaluate = starc_figure1.compiled(mesh, 4, 2, 0.9, 2, 3)
+    keys = jax.device_put(jax.random.split(jax.random.key(0), 8), meshes.batch_sharding(mesh))
+    return evaluate.lower(keys).compile().as_text()
+
+
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
@@ -109,6 +132,8 @@ def b2_stage(mesh: Mesh) -> str:
         (hiql_shared, {"all-reduce": 2}),
         (r3hf_update, {"all-reduce": 8, "all-gather": 100, "all-to-all": 8}),
         (b2_stage, {"all-reduce": 7, "all-gather": 6}),
+        (downstream_dealt, {}),
+        (starc_figure, {}),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
