@@ -34,12 +34,12 @@ def attend(
     """Softmax attention of query `[B, Q, N, H]` to key and value `[B, L, N, H]`: `[B, Q, N, H]`.
 
     causal: query i sees the keys 0 .. i.
-    rows: how B lies on a mesh, which a TPU's kernel must be told on several chips.
+    rows: how B lies on a mesh. Without it there is no kernel on TPUs, which must be told.
     """
-    device = jax.devices()[0] if rows is None else rows.mesh.devices.flat[0]
-    if not causal and has_splash(device, query, key):
+    if rows is not None and not causal and has_splash(rows.mesh.devices.flat[0], query, key):
         return splash(query, key, value, rows)
-    implementation = "cudnn" if has_cudnn(device, query.dtype, query.shape[-1]) else "xla"
+    fits = has_cudnn(jax.devices()[0], query.dtype, query.shape[-1])
+    implementation = "cudnn" if fits else "xla"
     return jax.nn.dot_product_attention(
         query, key, value, is_causal=causal, implementation=implementation
     )
@@ -70,7 +70,7 @@ def splash(
     query: Array,
     key: Array,
     value: Array,
-    rows: NamedSharding | None = None,
+    rows: NamedSharding | None,
     *,
     interpret: bool = False,
 ) -> Array:
