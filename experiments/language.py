@@ -167,7 +167,9 @@ def make_lab(config: Experiment) -> Lab:
     if asks_for_calibration(config):
         name |= {"calibration": _plain(config.calibration), "n": config.calibration_responses}
         learn = functools.partial(calibrate, config, problem, mesh, judge, policy, reward)
-        calibrated = cached("calibrated", name, learn, lying(reward, mesh, problem.reward_rules))
+        calibrated = cached(
+            "calibrated", name, learn, meshes.lying(reward, mesh, problem.reward_rules)
+        )
     accuracy = pair_accuracy(judge, reward, problem, mesh)
     return Lab(problem, mesh, policy, scalar, judge, reward, calibrated, accuracy)
 
@@ -177,25 +179,16 @@ def asks_for_calibration(config: Experiment) -> bool:
     return any(ARMS[arm].calibrated or ARMS[arm].critic == "calibrated" for arm in config.arms)
 
 
-def lying(tree: PyTree, mesh: jax.sharding.Mesh, rules: meshes.Rules) -> PyTree:
-    """The shapes of `tree` with their places on a mesh, by rules; nothing is allocated."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        tree,
-        meshes.shardings(tree, mesh, rules),
-    )
-
-
 def abstract_policy(problem: Problem, mesh: jax.sharding.Mesh) -> PyTree:
     """The policy's parameters as shapes that know where they lie."""
     shapes = jax.eval_shape(lambda: problem.model.init(jax.random.key(0)))
-    return lying(shapes, mesh, problem.rules)
+    return meshes.lying(shapes, mesh, problem.rules)
 
 
 def abstract_reward(problem: Problem, judge: ScalarModel, mesh: jax.sharding.Mesh) -> PyTree:
     """The same for what the rewards are made of, one model or two (`problems.combine`)."""
     shapes = jax.eval_shape(lambda: judge.init(jax.random.key(0)))
-    one = lying(shapes, mesh, problem.reward_rules)
+    one = meshes.lying(shapes, mesh, problem.reward_rules)
     return one if problem.cost_pairs is None else {"reward": one, "cost": one}
 
 

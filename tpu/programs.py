@@ -236,7 +236,7 @@ def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh, depth: int | None = None
     lab = language_lab(config, mesh, depth)
     parts = language.make_parts(lab.problem, lab.scalar, lab.judge)
     networks = {name: getattr(lab, name) for name in ("policy", "reward", "calibrated")}
-    state = language.lying(
+    state = meshes.lying(
         jax.eval_shape(lambda n: language.start_state(lab._replace(**n), config, arm), networks),
         mesh,
         lab.problem.rules,
@@ -416,12 +416,11 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
     count = len(stable_diffusion.read_prompts(config).train)
     key, everywhere = jax.eval_shape(lambda: jax.random.key(0)), meshes.replicated(mesh)
 
-    def by(rules: meshes.Rules, tree: PyTree) -> PyTree:
-        return spread(tree, meshes.shardings(tree, mesh, rules))
-
     base = jax.eval_shape(net.init, key)
     make = functools.partial(b2_method.init, b2, prompts=count, lora_rule=lora_files.RULE)
-    state = by(unet.RULES, jax.eval_shape(lambda p, key: make(p, key=key), base, key))
+    state = meshes.lying(
+        jax.eval_shape(lambda p, key: make(p, key=key), base, key), mesh, unet.RULES
+    )
     state = state._replace(extra=state.extra._replace(suffix=np.int32(b2.suffix_stop)))
     alphas = diffusion.scaled_linear_alphas()
     sampler = jax.eval_shape(lambda: diffusion.ddim_sampler(alphas, b2.steps, eta=b2.eta))
@@ -429,8 +428,8 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
     null = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), context)
     target = jax.ShapeDtypeStruct((count, eyes.projected), jnp.float32)
     known = spread((sampler, context, null, target), everywhere)
-    scorer = by(clip.RULES, jax.eval_shape(tower.init, key))
-    decoder = by(vae.RULES, jax.eval_shape(coder.init, key))
+    scorer = meshes.lying(jax.eval_shape(tower.init, key), mesh, clip.RULES)
+    decoder = meshes.lying(jax.eval_shape(coder.init, key), mesh, vae.RULES)
     task = b2_method.Task(*known, scorer, decoder)
     at_once = config.decode_per_device * meshes.data_devices(mesh)
     predict, reward = guided(net.apply, b2.guidance), clip_score(tower.embed, at_once)
@@ -460,7 +459,9 @@ def b2_diffurl(config: Any, seeds: Sequence[int], mesh: Mesh) -> list[Program]:
     }
     if state.slow:
         held["reference"] = state.slow
-    kept = {"start of the arms": by(unet.RULES, base)} if len(config.arms) > 1 else {}
+    kept = (
+        {"start of the arms": meshes.lying(base, mesh, unet.RULES)} if len(config.arms) > 1 else {}
+    )
     pairs = b2.suffix_stop * b2.groups * b2.leaves * _kept(b2)
     turns = math.ceil(math.ceil(pairs / b2.updates) / b2.micro_batch)
     return [

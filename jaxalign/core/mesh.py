@@ -152,6 +152,15 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     return jax.tree_util.tree_map_with_path(choose, tree)
 
 
+def lying(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
+    """The shapes of `tree` with their places by `rules`; nothing is allocated."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings(tree, mesh, rules),
+    )
+
+
 def _present(axes: str | tuple[str, ...] | None, mesh: Mesh) -> str | tuple[str, ...] | None:
     """One entry of a spec without the axes that the mesh lacks."""
     if axes is None or isinstance(axes, str):
