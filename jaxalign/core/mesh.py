@@ -65,12 +65,11 @@ def make_mesh(
         )
     if (slices := _slices(devices)) > 1:
         return _over_slices(filled, devices, slices)
-    return jax.make_mesh(
-        tuple(filled.values()),
-        tuple(filled),
-        axis_types=(AxisType.Auto,) * len(filled),
-        devices=devices,
+    # An axis of 8 in a torus of 4 x 4 x 4 takes one side and half of another.
+    ordered = mesh_utils.create_device_mesh(
+        tuple(filled.values()), devices, allow_split_physical_axes=True
     )
+    return Mesh(ordered, tuple(filled), axis_types=(AxisType.Auto,) * len(filled))
 
 
 def _slices(devices: Sequence[jax.Device]) -> int:
@@ -88,7 +87,9 @@ def _over_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device], slices
         )
     across = [slices if name == "data" else 1 for name in sizes]
     inside = [size // n for size, n in zip(sizes.values(), across, strict=True)]
-    ordered = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    ordered = mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
+    )
     return Mesh(np.asarray(ordered), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 

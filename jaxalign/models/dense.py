@@ -6,29 +6,13 @@ both operands; on `[B * N, D]` it is one plain product, a fifth faster.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.core.types import Array
-from jaxalign.models import fsdp
 
 
 class Dense(nn.Dense):
-    """The same layer with the same parameters, `[..., D]` -> `[..., features]`.
-
-    spec, rows: the matrix's rule and how the batch lies, to gather the matrix (`models.fsdp`).
-    """
-
-    spec: PartitionSpec = PartitionSpec()
-    rows: NamedSharding | None = None
-
-    def param(self, name: str, *how: Any, **more: Any) -> Any:
-        value = super().param(name, *how, **more)
-        if name != "kernel" or self.is_initializing():
-            return value
-        return fsdp.gathered(value, self.spec, self.rows, self.dtype or value.dtype)
+    """The same layer with the same parameters, `[..., D]` -> `[..., features]`."""
 
     def __call__(self, inputs: Array) -> Array:
         rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))

@@ -2,77 +2,97 @@
 
 Left to itself the partitioner may keep a matrix in parts and sum the products of all rows instead,
 which costs more the more rows there are. Here each device has its own rows and, for a moment, the
-whole matrix; of its gradient each device keeps its part (Rajbhandari et al. 2020, ZeRO stage 3).
+whole matrix; of its gradient each device gets the sum of its part (Rajbhandari et al. 2020, ZeRO
+stage 3).
+
+Dimensions: B rows, S tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array
 
+AXIS = "fsdp"
 
-def gathered(
-    parameter: Array, spec: PartitionSpec, rows: NamedSharding | None, dtype: DTypeLike
-) -> Array:
-    """The parameter in `dtype`, whole along `fsdp`.
 
-    spec: its rule, how it lies. rows: how the batch lies; without one, or without `fsdp` in its
-        mesh, the parameter stays as it is.
+def shared(x: Array, rows: NamedSharding | None) -> NamedSharding | None:
+    """How the rows of x `[B, ...]` lie on a mesh with `fsdp`; None where they do not.
+
+    rows: how batches lie.
     """
-    if rows is None or "fsdp" not in rows.mesh.axis_names:
-        return parameter
-    whole, parts = _lie(spec, rows, without="fsdp"), _lie(spec, rows)
-    # Said of the parts too, or the whole would be gathered before it is rounded.
-    rounded = jax.lax.with_sharding_constraint(parameter.astype(dtype), parts)
-    return _gather(rounded, whole, parts)
+    if rows is None or AXIS not in rows.mesh.axis_names:
+        return None
+    parts = math.prod(rows.mesh.shape[axis] for axis in _axes(rows))
+    return None if len(x) % parts else rows
+
+
+def _axes(rows: NamedSharding) -> tuple[str, ...]:
+    """Of the mesh, over which rows are spread."""
+    names = rows.spec[0] if rows.spec else ()
+    return names if isinstance(names, tuple) else (names,)
+
+
+def product(spec: PartitionSpec, rows: NamedSharding | None) -> Callable[..., Array]:
+    """`dot_general` of rows and a matrix that lies in parts, for `flax.linen.Dense`.
+
+    spec: the matrix's rule. rows: of `shared`; None is JAX's own product.
+    """
+    if rows is None:
+        return jax.lax.dot_general
+    along = tuple(spec).index(AXIS)
+    lies = PartitionSpec(*(AXIS if axis == AXIS else None for axis in spec))
+
+    def own(x: Array, part: Array) -> Array:
+        return x @ jax.lax.all_gather(part, AXIS, axis=along, tiled=True)
+
+    mapped = functools.partial(
+        jax.shard_map,
+        mesh=rows.mesh,
+        in_specs=(rows.spec, lies),
+        out_specs=rows.spec,
+        axis_names=set(_axes(rows)),
+        check_vma=False,
+    )
+
+    def dot_general(x: Array, matrix: Array, *_: object, **__: object) -> Array:
+        return mapped(own)(x, matrix)
+
+    return dot_general
 
 
 def pinned(x: Array, rows: NamedSharding | None) -> Array:
-    """Activations of which each device has its own rows, where rows can be shared out."""
-    return x if not _shared(x, rows) else jax.lax.with_sharding_constraint(x, rows)
-
-
-def _shared(x: Array, rows: NamedSharding | None) -> bool:
-    if rows is None:
-        return False
-    parts = rows.mesh.size // rows.shard_shape((rows.mesh.size,))[0]
-    return len(x) % parts == 0
+    """Activations of which each device has its own rows. rows: of `shared`."""
+    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
 
 
 def dealt_out(x: Array, rows: NamedSharding | None) -> Array:
-    """Rows `[B, S, D]` looked up in a table whose D lies in parts over `fsdp`, each to its device.
+    """Rows `[B, S, D]` looked up in a table whose D lies in parts, each to its device.
 
     Each device looks its part of D up for the rows of all of its `fsdp` group, and the parts are
-    exchanged: far less than the table.
+    exchanged: far less than the table. rows: of `shared`.
     """
-    if rows is None or not _shared(x, rows) or "fsdp" not in rows.mesh.axis_names:
+    if rows is None:
         return x
-    others = tuple(axis for axis in rows.mesh.axis_names if axis not in ("fsdp", "tensor"))
-    looked_up = NamedSharding(rows.mesh, PartitionSpec(others or None, None, "fsdp"))
+    others = tuple(axis for axis in _axes(rows) if axis != AXIS)
+    looked_up = NamedSharding(rows.mesh, PartitionSpec(others or None, None, AXIS))
     return pinned(jax.lax.with_sharding_constraint(x, looked_up), rows)
 
 
-def _lie(spec: PartitionSpec, rows: NamedSharding, without: str = "") -> NamedSharding:
-    axes = [axis for axis in rows.mesh.axis_names if axis != without]
-    return NamedSharding(rows.mesh, PartitionSpec(*(a if a in axes else None for a in spec)))
+def whole_table(table: Array, rows: NamedSharding | None) -> Array:
+    """The output table `[V, D]` with D whole on every device; of its gradient D lies in parts.
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: Array, whole: NamedSharding, parts: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(x, whole)
-
-
-def _forward(x: Array, whole: NamedSharding, parts: NamedSharding) -> tuple[Array, None]:
-    return jax.lax.with_sharding_constraint(x, whole), None
-
-
-def _backward(whole: NamedSharding, parts: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(gradient, parts),)
-
-
-_gather.defvjp(_forward, _backward)
+    rows: how batches lie.
+    """
+    if rows is None or AXIS not in rows.mesh.axis_names:
+        return table
+    over = "tensor" if "tensor" in rows.mesh.axis_names else None
+    for spec in (PartitionSpec(over, AXIS), PartitionSpec(over, None)):
+        table = jax.lax.with_sharding_constraint(table, NamedSharding(rows.mesh, spec))
+    return table

@@ -118,8 +118,7 @@ def _dense(
         use_bias=bias,
         dtype=dtype,
         kernel_init=init,
-        spec=spec,
-        rows=rows,
+        dot_general=fsdp.product(spec, rows),
         name=name,
     )
 
@@ -140,7 +139,8 @@ class Attention(nn.Module):
         cache: KeyValue | None,
         index: Array | None,
     ) -> tuple[Array, KeyValue | None]:
-        config, how = self.config, (self.dtype, None if cache else self.rows)
+        config, rows = self.config, None if cache else fsdp.shared(x, self.rows)
+        how = (self.dtype, rows)
 
         def project(name: str, heads: int) -> Array:
             dense = _dense(heads * config.head_dim, *how, name, bias=config.qkv_bias)
@@ -174,7 +174,7 @@ class Block(nn.Module):
         index: Array | None,
     ) -> tuple[Array, KeyValue | None]:
         config, dtype = self.config, self.dtype
-        rows = None if cache else self.rows
+        rows = None if cache else fsdp.shared(x, self.rows)
         x = fsdp.pinned(x, rows)
         h = nn.RMSNorm(epsilon=config.eps, dtype=dtype, name="norm_attention")(x)
         attention = Attention(config, dtype, self.rows, name="attention")
@@ -220,7 +220,7 @@ class Llama(nn.Module):
 
         visible: `[B, S, L] bool`; cache: one entry a layer, all None (then L = S) or none.
         """
-        rows = None if cache[0] else self.rows
+        rows = None if cache[0] else fsdp.shared(ids, self.rows)
         x = fsdp.dealt_out(self.token(ids), rows)
         layers = []
         for block, layer in zip(self.block, cache, strict=True):
@@ -231,8 +231,8 @@ class Llama(nn.Module):
     def table(self) -> Array:
         """The output table `[V, D] f32`."""
         if self.config.tied:
-            return fsdp.gathered(self.token.embedding, OUTWARD, self.rows, jnp.float32)
-        return fsdp.gathered(self.lm_head(), INWARD, self.rows, jnp.float32).T
+            return fsdp.whole_table(self.token.embedding, self.rows)
+        return fsdp.whole_table(self.lm_head().T, self.rows)
 
 
 def llama(
