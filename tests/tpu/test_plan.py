@@ -208,9 +208,9 @@ PIPELINES = {"": 859_520_964, "sdxl": 2_567_463_684}
 
 @pytest.mark.parametrize("found", [pytest.param(p, id=p["slug"]) for p in stored()])
 def test_stored_parameters_are_those_of_the_models(found):
-    held, chips = found["programs"][-1]["held"], found["chips"]
+    held = found["programs"][-1]["held"]
     if found["name"] == "r3hf":
-        parameters = 4 * (2 * LLAMA - HEAD + LLAMA_SCALAR) / chips
+        parameters = 4 * (2 * LLAMA - HEAD + LLAMA_SCALAR) / found["mesh"]["fsdp"]
         assert held["optimizer"] == pytest.approx(2 * parameters, rel=0.05)
     elif found["name"] == "b2_diffurl":
         model = "sdxl" if "--model sdxl" in found["command"] else ""
