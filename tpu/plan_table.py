@@ -31,9 +31,9 @@ run compiles, compiled by the TPU's own compiler ({versions}); nothing here was 
 - Rows with "depths" were compiled with so few layers and extended to the model's own. On v5p-16 all
   32 layers were compiled too: the same operations, bytes and collectives, peaks of 38.3 GiB in
   sampling and 55.5 in learning where the extension has 35.7 and 56.2.
-- Rows with "quick" were compiled with little optimization, and move more through HBM than a run will:
-  one pass of the U-Net of SD 1.4 on v5e 20.1 instead of 10.6 GB, with the same operations and 3 %
-  more activations.
+- Rows with "quick" were compiled with little optimization, and move more through HBM than a run
+  will: one pass of the U-Net of SD 1.4 on v5e 20.1 instead of 10.6 GB, with the same operations and
+  3 % more activations.
 - "at least" is the time that the slowest of matrix units, HBM and interconnect needs alone at its
   published rate, a phase at a time: a bound on a step, which real ones exceed.
 - Dollars are for 1,000 steps at that bound and list price: they rank slices.
@@ -197,11 +197,12 @@ WHERE_IT_STOPS = """### Where it stops, and why
 - PPO on 8B keeps matrices in parts over fsdp=8 and gathers them for every micro-batch, however many
   groups of eight there are: bytes stay within 8 % of arithmetic from 64 to 1,024 chips, below the
   time of the products. On eight chips alone the compiler makes a sum over all of them out of every
-  scattered gradient, which sends 27 % more. A third of all bytes are activations of the decode loop.
-  Over fsdp=64 nothing fits v5e: gathered layers of the whole model are held at once.
+  scattered gradient, which sends 27 % more. A third of all bytes are activations of the decode
+  loop. Over fsdp=64 nothing fits v5e: gathered layers of the whole model are held at once.
 - Stable Diffusion on data alone: pairs are shuffled over all chips, and each chip gets its own as a
-  part of a sum over all, so these bytes grow with the slice. They take 0.6 % of a step on 64 chips and
-  3.3 % on 1,024; from some 10,000 on an exchange of each pair by itself would be worth its while.
+  part of a sum over all, so these bytes grow with the slice. They take 0.6 % of a step on 64 chips
+  and 3.3 % on 1,024; from some 10,000 on an exchange of each pair by itself would be worth its
+  while.
 """
 
 
