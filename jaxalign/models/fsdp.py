@@ -11,13 +11,13 @@ Dimensions: B rows, S tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.core.types import Array
+from jaxalign.ops.rows import axes, parts
 
 AXIS = "fsdp"
 
@@ -29,14 +29,7 @@ def shared(x: Array, rows: NamedSharding | None) -> NamedSharding | None:
     """
     if rows is None or AXIS not in rows.mesh.axis_names:
         return None
-    parts = math.prod(rows.mesh.shape[axis] for axis in _axes(rows))
-    return None if len(x) % parts else rows
-
-
-def _axes(rows: NamedSharding) -> tuple[str, ...]:
-    """Of the mesh, over which rows are spread."""
-    names = rows.spec[0] if rows.spec else ()
-    return names if isinstance(names, tuple) else (names,)
+    return None if len(x) % parts(rows) else rows
 
 
 def product(spec: PartitionSpec, rows: NamedSharding | None) -> Callable[..., Array]:
@@ -57,7 +50,7 @@ def product(spec: PartitionSpec, rows: NamedSharding | None) -> Callable[..., Ar
         mesh=rows.mesh,
         in_specs=(rows.spec, lies),
         out_specs=rows.spec,
-        axis_names=set(_axes(rows)),
+        axis_names=set(axes(rows)),
         check_vma=False,
     )
 
@@ -80,7 +73,7 @@ def dealt_out(x: Array, rows: NamedSharding | None) -> Array:
     """
     if rows is None:
         return x
-    others = tuple(axis for axis in _axes(rows) if axis != AXIS)
+    others = tuple(axis for axis in axes(rows) if axis != AXIS)
     looked_up = NamedSharding(rows.mesh, PartitionSpec(others or None, None, AXIS))
     return pinned(jax.lax.with_sharding_constraint(x, looked_up), rows)
 

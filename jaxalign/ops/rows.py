@@ -12,6 +12,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxalign.core.types import PyTree
 
 
+def axes(rows: NamedSharding) -> tuple[str, ...]:
+    """The mesh's axes over which rows are spread."""
+    names = (rows.spec[0] if rows.spec else None) or ()
+    return names if isinstance(names, tuple) else (names,)
+
+
+def parts(rows: NamedSharding) -> int:
+    """How many parts rows are spread in."""
+    return math.prod(rows.mesh.shape[name] for name in axes(rows))
+
+
 def on_own_rows(
     function: Callable[..., PyTree], rows: NamedSharding | None, whole: int = 0
 ) -> Callable[..., PyTree]:
@@ -22,13 +33,12 @@ def on_own_rows(
     whole: so many of the first arguments are the same for all rows. Their gradients are summed over
         the devices once, after all that `function` does with them.
     """
-    if rows is None or not rows.spec:
+    if rows is None or not axes(rows):
         return function
-    names = rows.spec[0] if isinstance(rows.spec[0], tuple) else (rows.spec[0],)
-    parts = math.prod(rows.mesh.shape[name] for name in names)
+    count = parts(rows)
 
     def run(*arguments: Any) -> PyTree:
-        shared = all(len(leaf) % parts == 0 for leaf in jax.tree.leaves(arguments[whole:]))
+        shared = all(len(leaf) % count == 0 for leaf in jax.tree.leaves(arguments[whole:]))
         spec = rows.spec if shared else PartitionSpec()
         specs = (PartitionSpec(),) * whole + (spec,) * (len(arguments) - whole)
         return jax.shard_map(
@@ -36,7 +46,7 @@ def on_own_rows(
             mesh=rows.mesh,
             in_specs=specs,
             out_specs=spec,
-            axis_names=set(names),
+            axis_names=set(axes(rows)),
             check_vma=False,
         )(*arguments)
 
