@@ -71,7 +71,7 @@ def hiql_shared(mesh: Mesh) -> str:
     return compiled(program)
 
 
-def r3hf_update(mesh: Mesh) -> str:
+def r3hf_programs(mesh: Mesh) -> list[programs.Program]:
     """PPO of a small Llama, whose rules halve its matrices."""
     sizes = dataclasses.replace(
         programs.LLAMA_8B,
@@ -81,8 +81,15 @@ def r3hf_update(mesh: Mesh) -> str:
     run = cli.parse("r3hf", r3hf_presets.PRESETS, "tiny", ["nectar", *words.split()])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "LLAMA_8B", sizes)
-        _, update = programs.r3hf(run.config, [0], mesh)
-        return compiled(update)
+        return programs.r3hf(run.config, [0], mesh)
+
+
+def r3hf_rollout(mesh: Mesh) -> str:
+    return compiled(r3hf_programs(mesh)[0])
+
+
+def r3hf_update(mesh: Mesh) -> str:
+    return compiled(r3hf_programs(mesh)[1])
 
 
 def b2_stage(mesh: Mesh) -> str:
@@ -130,7 +137,8 @@ def starc_figure(mesh: Mesh) -> str:
         (metra_dealt, {}),
         (hiql_dealt, {}),
         (hiql_shared, {"all-reduce": 2}),
-        (r3hf_update, {"all-reduce": 8, "all-gather": 100, "reduce-scatter": 28, "all-to-all": 8}),
+        (r3hf_rollout, {"all-reduce": 3, "all-gather": 55, "all-to-all": 8}),
+        (r3hf_update, {"all-reduce": 8, "all-gather": 72, "reduce-scatter": 28, "all-to-all": 8}),
         (b2_stage, {"all-reduce": 7, "all-gather": 6}),
         (downstream_dealt, {}),
         (starc_figure, {}),

@@ -300,8 +300,8 @@ def _ppo_exchanged(config: Any, r3: r3hf_method.Config, sizes: Any, mesh: Mesh) 
     """Bytes that each device has to send in PPO of a model like Llama: sampling, and learning.
 
     A pass over whole texts gathers every matrix in bfloat16, and again backwards; the gradient is
-    scattered. The head is gathered in f32 and its gradient summed over all devices. Prefilling a
-    cache gathers in f32; a decode step sums what the rows of an `fsdp` group get from each part.
+    scattered. The head is gathered in f32 and its gradient summed over all devices. A decode step
+    sums what the rows of an `fsdp` group get from each part, and exchanges their logits.
     """
     if not isinstance(sizes, llama.Config) or r3.algorithm != "ppo" or r3.lora_rank:
         return None, None
@@ -311,9 +311,10 @@ def _ppo_exchanged(config: Any, r3: r3hf_method.Config, sizes: Any, mesh: Mesh) 
     outward = sizes.head_dim * sizes.heads + sizes.inner
     matrices = 2 * sizes.depth * sizes.width * (inward + outward)
     head = 4 * sizes.vocabulary * sizes.width
-    summed = sum_over(parts, 4 * r3.rollouts // groups * inward)
-    decoding = (config.source.response - 1) * sizes.depth * summed
-    sampling = decoding + share * (3 * matrices + head)  # prefilled, then scored
+    rows = r3.rollouts // groups
+    step = sizes.depth * sum_over(parts, 2 * rows * inward)
+    step += share * 4 * rows * sizes.vocabulary / parts
+    sampling = config.source.response * step + share * (2 * matrices + head)  # prefill, and scores
     turns = r3.epochs * r3.minibatches * r3.micro_batches
     turn = share * (2 * 3 * matrices + head) + sum_over(parts * groups, head)
     turn += sum_over(groups, 2 * matrices / parts)

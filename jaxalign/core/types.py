@@ -34,6 +34,8 @@ class LanguageModel(NamedTuple):
     head: `params -> [V, D]`, the output table. Where parameters lie in parts it is gathered, so it
         is taken once, outside of loops.
     logits: `(table, hidden [..., D]) -> [..., V] f32`.
+    predictor: `params -> (hidden [B, D] -> [B, V] f32)`, logits of single tokens, without gathering
+        the table. Taken once, outside of loops.
     empty_cache: `(rows, L) -> cache`, whose leaves have the rows as their leading axis.
     extend: `(params, cache, ids [B, S], position [B, S], visible [B, L] bool, index [] i32) ->
         (hidden [B, S, D], cache)`: S tokens more, kept in slots index .. index+S-1 of every row.
@@ -46,6 +48,7 @@ class LanguageModel(NamedTuple):
     hidden: Callable[[Params, Array, Array], Array]
     head: Callable[[Params], Array]
     logits: Callable[[Array, Array], Array]
+    predictor: Callable[[Params], Callable[[Array], Array]]
     empty_cache: Callable[[int, int], PyTree]
     extend: Callable[[Params, PyTree, Array, Array, Array, Array], tuple[Array, PyTree]]
     vocabulary: int

@@ -10,14 +10,17 @@ Dimensions: B rows, S new tokens, L tokens or slots attended to, N query heads, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxalign.core.types import Array, LanguageModel, Params
+from jaxalign.models import fsdp
 
 
 class KeyValue(NamedTuple):
@@ -109,10 +112,17 @@ class Head(nn.Module):
 
 
 def language_model(
-    module: nn.Module, *, depth: int, kv_heads: int, head_dim: int, dtype: DTypeLike, **rest: Any
+    module: nn.Module,
+    *,
+    depth: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    rows: NamedSharding | None,
+    **sizes: int,
 ) -> LanguageModel:
     """A `LanguageModel` of a module with `__call__(ids, position, visible, cache, index)` and
-    `table()`; rest: vocabulary, width, context and rows.
+    `table()`; rows: how B lies on a mesh. sizes: vocabulary, width and context.
     """
     nothing = (None,) * depth
 
@@ -128,7 +138,11 @@ def language_model(
         return apply(params, ids, positions(mask), causal(mask), nothing)[0]
 
     def head(params: Params) -> Array:
-        return apply(params, method="table")
+        return fsdp.whole_table(apply(params, method="table"), rows)
+
+    def predictor(params: Params) -> Callable[[Array], Array]:
+        table = fsdp.parted_table(apply(params, method="table"), rows)
+        return lambda hidden: fsdp.dealt_out(logits(table, hidden), rows)
 
     def empty_cache(rows: int, length: int) -> Cache:
         shape = (rows, kv_heads, length, head_dim)
@@ -142,7 +156,9 @@ def language_model(
         seen = causal_slots(visible, index, ids.shape[1])
         return apply(params, ids, position, seen, cache, index)
 
-    return LanguageModel(init, hidden, head, logits, empty_cache, extend, **rest)
+    return LanguageModel(
+        init, hidden, head, logits, predictor, empty_cache, extend, rows=rows, **sizes
+    )
 
 
 def _everything(module: Any, *inputs: Any) -> tuple[Array, Array]:

@@ -17,19 +17,20 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.core.types import Array
-from jaxalign.ops.rows import axes, parts
+from jaxalign.ops.rows import axes, parts, pinned
 
 AXIS = "fsdp"
 
 
 def shared(x: Array, rows: NamedSharding | None) -> NamedSharding | None:
-    """How the rows of x `[B, ...]` lie on a mesh with `fsdp`; None where they do not.
+    """How the rows of x `[B, S, ...]` lie where matrices shall be gathered for them; else None.
 
-    rows: how batches lie.
+    That is on a mesh with `fsdp` that B divides into, and for more than one token of a row: sums
+    for single tokens are less than the matrices. rows: how batches lie.
     """
     if rows is None or AXIS not in rows.mesh.axis_names:
         return None
-    return None if len(x) % parts(rows) else rows
+    return None if len(x) % parts(rows) or x.shape[1] == 1 else rows
 
 
 def product(spec: PartitionSpec, rows: NamedSharding | None) -> Callable[..., Array]:
@@ -43,6 +44,9 @@ def product(spec: PartitionSpec, rows: NamedSharding | None) -> Callable[..., Ar
     lies = PartitionSpec(*(AXIS if axis == AXIS else None for axis in spec))
 
     def own(x: Array, part: Array) -> Array:
+        # Backwards it has each device cut its part out of the sum at once. Else TPUs keep whole
+        # sums of all layers until the optimizer takes its part of them.
+        part = jax.lax.optimization_barrier(part)
         return x @ jax.lax.all_gather(part, AXIS, axis=along, tiled=True)
 
     mapped = functools.partial(
@@ -60,22 +64,20 @@ def product(spec: PartitionSpec, rows: NamedSharding | None) -> Callable[..., Ar
     return dot_general
 
 
-def pinned(x: Array, rows: NamedSharding | None) -> Array:
-    """Activations of which each device has its own rows. rows: of `shared`."""
-    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
-
-
 def dealt_out(x: Array, rows: NamedSharding | None) -> Array:
-    """Rows `[B, S, D]` looked up in a table whose D lies in parts, each to its device.
+    """Rows `[B, ..., N]` of which each device has its part of N, each to its device.
 
-    Each device looks its part of D up for the rows of all of its `fsdp` group, and the parts are
-    exchanged: far less than the table. rows: of `shared`.
+    Each device makes its part for the rows of all of its `fsdp` group, and the parts are exchanged:
+    looked up or multiplied by a table in parts, this moves far less than the table.
+    rows: how batches lie; x stays as it is where B or N do not divide.
     """
-    if rows is None:
+    if rows is None or AXIS not in rows.mesh.axis_names:
         return x
-    others = tuple(axis for axis in axes(rows) if axis != AXIS)
-    looked_up = NamedSharding(rows.mesh, PartitionSpec(others or None, None, AXIS))
-    return pinned(jax.lax.with_sharding_constraint(x, looked_up), rows)
+    if len(x) % parts(rows) or x.shape[-1] % rows.mesh.shape[AXIS]:
+        return x
+    others = tuple(axis for axis in axes(rows) if axis != AXIS) or None
+    made = PartitionSpec(others, *(None,) * (x.ndim - 2), AXIS)
+    return pinned(jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, made)), rows)
 
 
 def whole_table(table: Array, rows: NamedSharding | None) -> Array:
@@ -83,9 +85,19 @@ def whole_table(table: Array, rows: NamedSharding | None) -> Array:
 
     rows: how batches lie.
     """
-    if rows is None or AXIS not in rows.mesh.axis_names:
+    if rows is None or AXIS not in rows.mesh.axis_names or table.shape[1] % rows.mesh.shape[AXIS]:
         return table
-    over = "tensor" if "tensor" in rows.mesh.axis_names else None
+    tensor = rows.mesh.shape.get("tensor", 1)
+    over = "tensor" if tensor > 1 and len(table) % tensor == 0 else None
     for spec in (PartitionSpec(over, AXIS), PartitionSpec(over, None)):
         table = jax.lax.with_sharding_constraint(table, NamedSharding(rows.mesh, spec))
     return table
+
+
+def parted_table(table: Array, rows: NamedSharding | None) -> Array:
+    """The output table `[V, D]` with V in parts, if V divides. rows: how batches lie."""
+    if rows is None or AXIS not in rows.mesh.axis_names:
+        return table
+    over = tuple(axis for axis in ("tensor", AXIS) if axis in rows.mesh.axis_names)
+    where = NamedSharding(rows.mesh, PartitionSpec(over))
+    return table if len(table) % parts(where) else jax.lax.with_sharding_constraint(table, where)

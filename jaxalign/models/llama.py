@@ -27,6 +27,7 @@ from jaxalign.core.types import Array, LanguageModel, UserError
 from jaxalign.models import attention, fsdp, hub
 from jaxalign.models.attention import Cache, KeyValue
 from jaxalign.models.dense import Dense
+from jaxalign.ops.rows import pinned
 
 # Matrices over `fsdp` and, by heads, hidden units and vocabulary, over `tensor`.
 INWARD, OUTWARD = P("fsdp", "tensor"), P("tensor", "fsdp")
@@ -139,7 +140,7 @@ class Attention(nn.Module):
         cache: KeyValue | None,
         index: Array | None,
     ) -> tuple[Array, KeyValue | None]:
-        config, rows = self.config, None if cache else fsdp.shared(x, self.rows)
+        config, rows = self.config, fsdp.shared(x, self.rows)
         how = (self.dtype, rows)
 
         def project(name: str, heads: int) -> Array:
@@ -174,8 +175,8 @@ class Block(nn.Module):
         index: Array | None,
     ) -> tuple[Array, KeyValue | None]:
         config, dtype = self.config, self.dtype
-        rows = None if cache else fsdp.shared(x, self.rows)
-        x = fsdp.pinned(x, rows)
+        rows = fsdp.shared(x, self.rows)
+        x = pinned(x, rows)
         h = nn.RMSNorm(epsilon=config.eps, dtype=dtype, name="norm_attention")(x)
         attention = Attention(config, dtype, self.rows, name="attention")
         h, cache = attention(h, position, visible, cache, index)
@@ -220,19 +221,17 @@ class Llama(nn.Module):
 
         visible: `[B, S, L] bool`; cache: one entry a layer, all None (then L = S) or none.
         """
-        rows = None if cache[0] else fsdp.shared(ids, self.rows)
+        rows = fsdp.shared(ids, self.rows)
         x = fsdp.dealt_out(self.token(ids), rows)
         layers = []
         for block, layer in zip(self.block, cache, strict=True):
             x, layer = block(x, position, visible, layer, index)
             layers.append(layer)
-        return fsdp.pinned(self.norm(x), rows), tuple(layers)
+        return pinned(self.norm(x), rows), tuple(layers)
 
     def table(self) -> Array:
         """The output table `[V, D] f32`."""
-        if self.config.tied:
-            return fsdp.whole_table(self.token.embedding, self.rows)
-        return fsdp.whole_table(self.lm_head().T, self.rows)
+        return self.token.embedding if self.config.tied else self.lm_head().T
 
 
 def llama(
@@ -245,8 +244,8 @@ def llama(
     """The model as pure functions; parameters are f32, products are in `dtype`.
 
     remat: the backward pass computes each block again instead of keeping what is inside it.
-    rows: how B lies on a mesh. Given, parameters in parts over `fsdp` are gathered, but for steps
-        with a cache: what these would send is less than the parameters.
+    rows: how B lies on a mesh. Given, matrices in parts over `fsdp` are gathered, unless there is a
+        single token of each row: then what products of parts would send is less.
     """
     return attention.language_model(
         Llama(config, dtype, remat, rows),

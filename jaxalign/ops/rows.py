@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign.core.types import PyTree
+from jaxalign.core.types import Array, PyTree
 
 
 def axes(rows: NamedSharding) -> tuple[str, ...]:
@@ -21,6 +21,15 @@ def axes(rows: NamedSharding) -> tuple[str, ...]:
 def parts(rows: NamedSharding) -> int:
     """How many parts rows are spread in."""
     return math.prod(rows.mesh.shape[name] for name in axes(rows))
+
+
+def pinned(x: Array, rows: NamedSharding | None) -> Array:
+    """x `[B, ...]` with its own rows on each device. rows: how B lies; where B does not divide, or
+    nobody knows, x stays as it is.
+    """
+    if rows is None or len(x) % parts(rows):
+        return x
+    return jax.lax.with_sharding_constraint(x, rows)
 
 
 def on_own_rows(

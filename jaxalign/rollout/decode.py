@@ -130,7 +130,7 @@ def decode(
     rows, prompt = ids.shape
     widths = _widths(rows, halvings)
     stops = jnp.asarray(stop, jnp.int32).reshape(-1)
-    step_out = functools.partial(_step_out, model, model.head(params), sampling, stops, constraint)
+    step_out = functools.partial(_step_out, model.predictor(params), sampling, stops, constraint)
     live, hidden = _prefill(model, params, ids, mask, key, length, pad, constraint)
     live = step_out(live, hidden, jnp.int32(0))
     # Counts the tokens drawn, the same for all rows. `done` is kept for the whole batch.
@@ -241,8 +241,7 @@ def _prefill(
 
 
 def _step_out(
-    model: LanguageModel,
-    table: Array,
+    predict: Callable[[Array], Array],
     sampling: Sampling,
     stop: Array,
     constraint: Constraint | None,
@@ -251,7 +250,7 @@ def _step_out(
     step: Array,
 ) -> _Live:
     """Draws response token `step` of every row that has not ended, from hidden `[w, D]`."""
-    logits = model.logits(table, hidden)
+    logits = predict(hidden)
     if constraint is not None:
         logits = constraint.mask(live.state, logits)
     adjusted = ops.adjust(logits, sampling)

@@ -69,6 +69,7 @@ MODEL = LanguageModel(
     hidden,
     lambda params: params["embed"],
     lambda table, hidden: hidden @ table.T,
+    lambda params: lambda hidden: hidden @ params["embed"].T,
     lambda rows, length: jnp.zeros((rows, length, WIDTH)),
     extend,
     VOCABULARY,

@@ -108,7 +108,38 @@ def test_an_8b_model_is_cut_evenly_in_eight():
     assert whole == 65 * 4096  # the norms
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"fsdp": 2, "data": 2, "tensor": 2}])
+AXES = [{"data": 2, "fsdp": 4}, {"fsdp": 2, "data": 2, "tensor": 2}]
+
+
+# 23 ids cannot lie in parts.
+@pytest.mark.parametrize(("axes", "vocabulary"), [(AXES[0], 24), (AXES[1], 24), (AXES[0], 23)])
+def test_a_model_in_parts_draws_the_same(axes, vocabulary):
+    config = dataclasses.replace(TINY, vocabulary=vocabulary)
+    devices = mesh.make_mesh(axes)
+    rows = mesh.batch_sharding(devices)
+    params = llama.llama(config).init(jax.random.key(0))
+    places = mesh.shardings(params, devices, llama.RULES)
+    ids = jax.random.randint(jax.random.key(1), (8, 5), 0, vocabulary)
+    mask = jnp.arange(5)[None] >= jnp.arange(8)[:, None] // 2
+
+    def run(model, params, ids, mask):
+        return jax.jit(
+            lambda params: decode.decode(
+                model, params, ids, mask, jax.random.key(2),
+                length=9, sampling=Sampling(), stop=(3,), pad=0, halvings=1,
+            )
+        )(params)  # fmt: skip
+
+    alone = run(llama.llama(config), params, ids, mask)
+    found = run(
+        llama.llama(config, rows=rows), *jax.device_put((params, ids, mask), (places, rows, rows))
+    )
+    np.testing.assert_array_equal(found.ids, alone.ids)
+    np.testing.assert_allclose(found.log_density, alone.log_density, rtol=1e-5, atol=1e-5)
+    assert len(set(np.asarray(found.length))) > 1
+
+
+@pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_gathered_parameters_give_the_same_scores_and_gradients(axes, tied):
     config = dataclasses.replace(TINY, tied=tied)

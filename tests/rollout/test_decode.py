@@ -67,6 +67,7 @@ def tiny_model(seen=None) -> LanguageModel:
         hidden=hidden,
         head=lambda params: params["head"].T,
         logits=lambda table, hidden: hidden @ table.T / WIDTH / 2,
+        predictor=lambda params: lambda hidden: hidden @ params["head"] / WIDTH / 2,
         empty_cache=lambda rows, slots: (jnp.zeros((rows, slots, WIDTH)),) * 2,
         extend=extend,
         vocabulary=VOCABULARY,
