@@ -150,8 +150,12 @@ def _renames(instruction: Instruction) -> bool:
 
 
 def _collective(instruction: Instruction) -> str | None:
+    """Which collective an instruction begins. One that goes on beside products is written in each
+    of their fusions again, with the flags that it waits for.
+    """
+    goes_on = re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', instruction.rest)
     kind = instruction.opcode.removesuffix("-start")
-    return kind if kind in COLLECTIVES else None
+    return kind if kind in COLLECTIVES and not goes_on else None
 
 
 # --- sums -----------------------------------------------------------------------------------------

@@ -170,3 +170,27 @@ ENTRY %main (a: bf16[2,512,64], b: bf16[2,512,64]) -> bf16[4,512,64] {
 
 def test_a_kernel_reads_its_operands_and_writes_its_results():
     assert compiled.tally(KERNEL) == compiled.Tally(memory=2 * 2 * 4 * 512 * 64)
+
+
+BESIDE = """HloModule m, is_scheduled=true
+%begin (p: bf16[64,512]) -> bf16[4096,512] {
+  %p = bf16[64,512]{1,0} parameter(0)
+  ROOT %g = bf16[4096,512]{1,0} all-gather(%p), replica_groups=[1,64]<=[64], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
+}
+%product (p: bf16[64,512]) -> bf16[4096,512] {
+  %p = bf16[64,512]{1,0} parameter(0)
+  ROOT %g = bf16[4096,512]{1,0} all-gather(%p), replica_groups=[1,64]<=[64], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
+}
+ENTRY %main (a: bf16[64,512]) -> bf16[4096,512] {
+  %a = bf16[64,512]{1,0} parameter(0)
+  %first = bf16[4096,512]{1,0} fusion(%a), kind=kCustom, calls=%begin
+  ROOT %second = bf16[4096,512]{1,0} fusion(%a), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_a_collective_beside_products_counts_where_it_begins():
+    found = compiled.tally(BESIDE)
+    assert found.calls == {"all-gather": 1}
+    assert found.sent == {"all-gather": 63 * 2 * 64 * 512}
+    assert compiled.collectives(BESIDE) == {"all-gather": 1}
