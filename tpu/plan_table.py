@@ -1,4 +1,4 @@
-"""tpu/PLANS.md, generated from the plans in tpu/plans/*.json.
+"""tpu/PLANS.md and its sum in tpu/README.md, generated from the plans in tpu/plans/*.json.
 
 The folder `scaling` beside them has plans whose work grows with the slice, of which the table asks
 how much each chip sends as chips are added.
@@ -40,8 +40,16 @@ run compiles, compiled by the TPU's own compiler ({versions}); nothing here was 
 """
 
 
-def build(folder: Path = HERE / "plans", target: Path = HERE / "PLANS.md") -> str:
-    """Writes the document; says where."""
+GENERATIONS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+BEGIN, END = "<!-- by `python -m tpu.plan --table`; do not edit -->\n", "<!-- end -->\n"
+
+
+def build(
+    folder: Path = HERE / "plans",
+    target: Path = HERE / "PLANS.md",
+    readme: Path = HERE / "README.md",
+) -> str:
+    """Writes the document, and the table in the readme between its two marks; says where."""
     plans = _read(folder.glob("*.json"))
     scaling = _read((folder / "scaling").glob("*.json"))
     versions = sorted({", ".join(f"{k} {v}" for k, v in p["versions"].items()) for p in plans})
@@ -54,16 +62,40 @@ def build(folder: Path = HERE / "plans", target: Path = HERE / "PLANS.md") -> st
             parts.append(f"### {_title(group[0])}\n\n{_scaling(group)}")
         parts.append(WHERE_IT_STOPS)
     target.write_text("\n".join(parts).rstrip() + "\n")
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(before + BEGIN + _summary(plans) + END + rest.split(END)[1])
     return f"{target}: {len(plans)} plans, {len(scaling)} of weak scaling"
 
 
 def _read(paths: Iterable[Path]) -> list[Plan]:
     """Plans by generation and size."""
     plans = [json.loads(path.read_text()) for path in paths]
-    order = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-    return sorted(
-        plans, key=lambda p: (order.index(find(p["topology"]).generation), p["chips"], p["slug"])
-    )
+
+    def size(plan: Plan) -> tuple[int, int, str]:
+        generation = find(plan["topology"]).generation
+        return GENERATIONS.index(generation), plan["chips"], plan["slug"]
+
+    return sorted(plans, key=size)
+
+
+def _summary(plans: Sequence[Plan]) -> str:
+    """A row a preset: of each generation the cheapest slice that it fits."""
+    found: dict[str, dict[str, list[Plan]]] = {}
+    for plan in sorted(plans, key=lambda p: p["slug"]):
+        row = found.setdefault(_title(plan), {})
+        row.setdefault(find(plan["topology"]).generation, []).append(plan)
+    planned = [g for g in GENERATIONS if any(g in row for row in found.values())]
+    rows = [[title, *(_best(row.get(g, [])) for g in planned)] for title, row in found.items()]
+    return _table(["preset", *planned], rows)
+
+
+def _best(plans: Sequence[Plan]) -> str:
+    """Of several plans for a generation the cheapest that fits, in a few words."""
+    fit = [plan for plan in plans if plan["compiled"] and not plan["refused"]]
+    if not fit:
+        return "; ".join(dict.fromkeys(f"not on `{plan['topology']}`" for plan in plans))
+    best = min(fit, key=lambda p: p["price"] * p["seconds"])
+    return f"`{best['topology']}`: {_room(best)} GiB, {best['seconds']:.3g} s"
 
 
 def _by_run(plans: Sequence[Plan]) -> dict[str, list[Plan]]:
@@ -130,14 +162,19 @@ def _need(plan: Plan, columns: Sequence[str]) -> list[str]:
 
 def _compiled(plan: Plan) -> list[str]:
     """Peak, operations, and bytes moved and sent, as the compiler has them."""
-    peak = max(each["peak"] + sum(each["beside"].values()) for each in plan["programs"])
     flops, formula = _sum(plan, "flops"), _sum(plan, "formula")
     return [
-        f"{peak / GIB:.2f} / {_available(plan) / GIB:.2f}",
+        _room(plan),
         f"{flops / 1e12:.3g} ({100 * formula / flops:.0f} %)",
         f"{_sum(plan, 'memory') / 1e9:.3g}",
         f"{_sent(plan) / 1e9:.3g}",
     ]
+
+
+def _room(plan: Plan) -> str:
+    """The compiler's peak of the available memory, in GiB."""
+    peak = max(each["peak"] + sum(each["beside"].values()) for each in plan["programs"])
+    return f"{peak / GIB:.2f} / {_available(plan) / GIB:.2f}"
 
 
 def _by_shapes(plan: Plan) -> list[str]:
