@@ -31,8 +31,8 @@ class LanguageModel(NamedTuple):
     init: `key -> params`.
     hidden: `(params, ids [B, T] i32, mask [B, T] bool) -> [B, T, D]`, states after the last norm.
         False in the mask is padding, anywhere in a row; positions count the tokens that are real.
-    head: `params -> [V, D]`, the output table. Where parameters lie in parts it is gathered, so it
-        is taken once, outside of loops.
+    head: `params -> [V, D]`, the output table in the dtype of products. Where parameters lie in
+        parts it is gathered, so it is taken once, outside of loops.
     logits: `(table, hidden [..., D]) -> [..., V] f32`.
     predictor: `params -> (hidden [B, D] -> [B, V] f32)`, logits of single tokens, without gathering
         the table. Taken once, outside of loops.

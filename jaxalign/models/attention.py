@@ -137,12 +137,15 @@ def language_model(
     def hidden(params: Params, ids: Array, mask: Array) -> Array:
         return apply(params, ids, positions(mask), causal(mask), nothing)[0]
 
+    def table(params: Params) -> Array:
+        return apply(params, method="table").astype(dtype)
+
     def head(params: Params) -> Array:
-        return fsdp.whole_table(apply(params, method="table"), rows)
+        return fsdp.whole_table(table(params), rows)
 
     def predictor(params: Params) -> Callable[[Array], Array]:
-        table = fsdp.parted_table(apply(params, method="table"), rows)
-        return lambda hidden: fsdp.dealt_out(logits(table, hidden), rows)
+        parted = fsdp.parted_table(table(params), rows)
+        return lambda hidden: fsdp.dealt_out(logits(parted, hidden), rows)
 
     def empty_cache(rows: int, length: int) -> Cache:
         shape = (rows, kv_heads, length, head_dim)

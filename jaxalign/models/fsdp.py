@@ -44,9 +44,7 @@ def product(spec: PartitionSpec, rows: NamedSharding | None) -> Callable[..., Ar
     lies = PartitionSpec(*(AXIS if axis == AXIS else None for axis in spec))
 
     def own(x: Array, part: Array) -> Array:
-        # Backwards it has each device cut its part out of the sum at once. Else TPUs keep whole
-        # sums of all layers until the optimizer takes its part of them.
-        part = jax.lax.optimization_barrier(part)
+        x, part = _together(x, part)
         return x @ jax.lax.all_gather(part, AXIS, axis=along, tiled=True)
 
     mapped = functools.partial(
@@ -62,6 +60,27 @@ def product(spec: PartitionSpec, rows: NamedSharding | None) -> Callable[..., Ar
         return mapped(own)(x, matrix)
 
     return dot_general
+
+
+@jax.custom_vjp
+def _together(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, of which none has its gradient before all have.
+
+    Else TPUs put the gradients of matrices off and keep what they are made of, or their whole sums
+    over the devices, of all layers until the optimizer wants its part of them.
+    """
+    return arrays
+
+
+def _forwards(*arrays: Array) -> tuple[tuple[Array, ...], None]:
+    return arrays, None
+
+
+def _backwards(_: None, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
+    return jax.lax.optimization_barrier(gradients)
+
+
+_together.defvjp(_forwards, _backwards)
 
 
 def dealt_out(x: Array, rows: NamedSharding | None) -> Array:
@@ -89,9 +108,9 @@ def whole_table(table: Array, rows: NamedSharding | None) -> Array:
         return table
     tensor = rows.mesh.shape.get("tensor", 1)
     over = "tensor" if tensor > 1 and len(table) % tensor == 0 else None
-    for spec in (PartitionSpec(over, AXIS), PartitionSpec(over, None)):
-        table = jax.lax.with_sharding_constraint(table, NamedSharding(rows.mesh, spec))
-    return table
+    parted, whole = (NamedSharding(rows.mesh, PartitionSpec(over, along)) for along in (AXIS, None))
+    (table,) = _together(jax.lax.with_sharding_constraint(table, parted))
+    return jax.lax.with_sharding_constraint(table, whole)
 
 
 def parted_table(table: Array, rows: NamedSharding | None) -> Array:

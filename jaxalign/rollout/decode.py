@@ -38,6 +38,8 @@ from jaxalign.ops import sampling as ops
 from jaxalign.ops.rows import on_own_rows
 from jaxalign.ops.sampling import Sampling
 
+LOGITS = 2**27  # that the trainer holds at a time: half a GiB
+
 
 class Constraint(NamedTuple):
     """An automaton a row that says which tokens may come next.
@@ -299,18 +301,20 @@ def score(
     length: int,
     sampling: Sampling,
     constraint: Constraint | None = None,
-    chunk: int = 32,
+    chunk: int | None = None,
 ) -> tuple[Array, Array]:
     """Log-density and entropy `[B, T] f32`, in nats, of the response tokens; 0 beyond the end.
 
     ids, mask: `[B, P+T]`, as in `Decoded`. length: T.
     sampling, constraint: those of the rollout; the automaton runs again over the tokens drawn.
-    chunk: tokens whose logits exist at a time, `[B, chunk, V]`, forward and backward.
+    chunk: tokens whose logits exist at a time, `[B, chunk, V]`, forward and backward; default: as
+        many as have `LOGITS` of them on a device. Each chunk reads the table and, backwards, adds
+        to its gradient, so few rows want long chunks.
     Differentiable in params. A token that newer parameters put outside of top-k or top-p is counted
     with those kept, so its density is finite (see `ops.sampling.adjust`).
     """
     prompt = ids.shape[1] - length
-    if not 0 < prompt < ids.shape[1] or chunk < 1:
+    if not 0 < prompt < ids.shape[1] or chunk == 0:
         raise UserError(
             f"length {length} of {ids.shape[1]} slots, in chunks of {chunk}: there must be a slot "
             "left for the prompt, and at least 1 token in a chunk"
@@ -318,7 +322,7 @@ def score(
     # hidden state t-1 predicts token t
     hidden = model.hidden(params, ids, mask)[:, prompt - 1 : -1]
     start = None if constraint is None else constraint.start
-    own = functools.partial(_score_rows, model, sampling, constraint, min(chunk, length))
+    own = functools.partial(_score_rows, model, sampling, constraint, chunk)
     found = on_own_rows(own, model.rows, whole=1)(
         model.head(params), hidden, ids[:, prompt:], start
     )
@@ -331,7 +335,7 @@ def _score_rows(
     model: LanguageModel,
     sampling: Sampling,
     constraint: Constraint | None,
-    chunk: int,
+    chunk: int | None,
     table: Array,
     hidden: Array,
     token: Array,
@@ -339,6 +343,8 @@ def _score_rows(
 ) -> tuple[Array, Array]:
     """Log-density and entropy `[B, T]` of tokens `[B, T]` after hidden states `[B, T, D]`."""
     rows, length = token.shape
+    chunk = min(length, chunk or max(1, LOGITS // (rows * len(table))))
+    table = table.astype(jnp.float32)  # in which the gradients of the chunks add up
 
     def in_chunks(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -length % chunk), *((0, 0),) * (x.ndim - 2)))
