@@ -29,8 +29,8 @@ run compiles, compiled by the TPU's own compiler ({versions}); nothing here was 
   left some out, such as products with zeros; below, chips compute the same things or activations
   a second time.
 - Rows with "depths" were compiled with so few layers and extended to the model's own. On v5p-16 all
-  32 layers were compiled too: the same operations, bytes and collectives, peaks of 38.3 GiB in
-  sampling and 55.5 in learning where the extension has 35.7 and 56.2.
+  32 layers were compiled too: the same operations and collectives, bytes through HBM within 1 %, but
+  peaks of 34.3 GiB in sampling and 42.8 in learning where the extension has 32.6 and 38.0.
 - Rows with "quick" were compiled with little optimization, and move more through HBM than a run
   will: one pass of the U-Net of SD 1.4 on v5e 20.1 instead of 10.6 GB, with the same operations and
   3 % more activations.
@@ -142,12 +142,7 @@ def _needs(plans: Sequence[Plan]) -> str:
 def _need(plan: Plan, columns: Sequence[str]) -> list[str]:
     mesh = ",".join(f"{name}={size}" for name, size in plan["mesh"].items())
     sizes = {**_kept(plan), **_within(plan)}
-    name = plan["topology"]
-    if plan.get("layers"):
-        name += " (depths {}, {})".format(*plan["layers"])
-    if plan.get("quick"):
-        name += " (quick)"
-    row = [name, mesh, *(f"{sizes.get(name, 0) / GIB:.2f}" for name in columns)]
+    row = [_slice(plan), mesh, *(f"{sizes.get(name, 0) / GIB:.2f}" for name in columns)]
     if plan["refused"]:
         return [*row, "**does not fit**", "", "", "", "", _figures(plan["refused"]), ""]
     price = plan["price"] * plan["seconds"] / 3.6 if plan["price"] else None
@@ -158,6 +153,14 @@ def _need(plan: Plan, columns: Sequence[str]) -> list[str]:
         plan["bound"],
         f"{price:.3g}" if price else "",
     ]
+
+
+def _slice(plan: Plan) -> str:
+    """The slice, and how the programs were compiled for it."""
+    name = plan["topology"]
+    if plan.get("layers"):
+        name += " (depths {}, {})".format(*plan["layers"])
+    return name + " (quick)" if plan.get("quick") else name
 
 
 def _compiled(plan: Plan) -> list[str]:
@@ -232,10 +235,11 @@ WHERE_IT_STOPS = """### Where it stops, and why
   and latency, which the bound leaves out, comes on top: every update waits for a sum over all
   chips. More rows a chip are the remedy.
 - PPO on 8B keeps matrices in parts over fsdp=8 and gathers them for every micro-batch, however many
-  groups of eight there are: bytes stay within 8 % of arithmetic from 64 to 1,024 chips, below the
-  time of the products. On eight chips alone the compiler makes a sum over all of them out of every
-  scattered gradient, which sends 27 % more. A third of all bytes are activations of the decode
-  loop. Over fsdp=64 nothing fits v5e: gathered layers of the whole model are held at once.
+  groups of eight there are: bytes stay within 5 % of arithmetic from 64 to 1,024 chips and take a
+  sixth of the time of the products. On eight chips alone the compiler makes a sum over all of them
+  out of every scattered gradient, which sends 20 % more. A quarter of all bytes are sums in the
+  decode loop, for one token of each row. On v5litepod-64, where matrices are gathered for one row a
+  chip instead of four, the interconnect binds.
 - Stable Diffusion on data alone: pairs are shuffled over all chips, and each chip gets its own as a
   part of a sum over all, so these bytes grow with the slice. They take 0.6 % of a step on 64 chips
   and 3.3 % on 1,024; from some 10,000 on an exchange of each pair by itself would be worth its
@@ -252,7 +256,7 @@ def _scaling(plans: Sequence[Plan]) -> str:
         ratio = f"{sent / predicted:.3f}"
         rows.append(
             [
-                plan["topology"],
+                _slice(plan),
                 str(chips),
                 f"`{_growing(plan)}`",
                 f"{sent / 1e9:.4g}",
