@@ -29,8 +29,8 @@ run compiles, compiled by the TPU's own compiler ({versions}); nothing here was 
   left some out, such as products with zeros; below, chips compute the same things or activations
   a second time.
 - Rows with "depths" were compiled with so few layers and extended to the model's own. On v5p-16 all
-  32 layers were compiled too: the same operations and collectives, bytes through HBM within 1 %, but
-  peaks of 34.3 GiB in sampling and 42.8 in learning where the extension has 32.6 and 38.0.
+  32 layers were compiled too: the same operations and collectives, bytes through HBM within 1 %,
+  but peaks of 34.3 GiB in sampling and 42.8 in learning where the extension has 32.6 and 38.0.
 - Rows with "quick" were compiled with little optimization, and move more through HBM than a run
   will: one pass of the U-Net of SD 1.4 on v5e 20.1 instead of 10.6 GB, with the same operations and
   3 % more activations.
