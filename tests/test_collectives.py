@@ -138,7 +138,7 @@ def starc_figure(mesh: Mesh) -> str:
         (hiql_dealt, {}),
         (hiql_shared, {"all-reduce": 2}),
         (r3hf_rollout, {"all-reduce": 3, "all-gather": 55, "all-to-all": 8}),
-        (r3hf_update, {"all-reduce": 8, "all-gather": 72, "reduce-scatter": 28, "all-to-all": 8}),
+        (r3hf_update, {"all-reduce": 8, "all-gather": 100, "reduce-scatter": 28, "all-to-all": 8}),
         (b2_stage, {"all-reduce": 7, "all-gather": 6}),
         (downstream_dealt, {}),
         (starc_figure, {}),
