@@ -7,6 +7,7 @@ how much each chip sends as chips are added.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ def _best(plans: Sequence[Plan]) -> str:
     fit = [plan for plan in plans if plan["compiled"] and not plan["refused"]]
     if not fit:
         return "; ".join(dict.fromkeys(f"not on `{plan['topology']}`" for plan in plans))
-    best = min(fit, key=lambda p: p["price"] * p["seconds"])
+    best = min(fit, key=lambda p: (p["price"] or math.inf) * p["seconds"])
     return f"`{best['topology']}`: {_room(best)} GiB, {best['seconds']:.3g} s"
 
 
@@ -235,9 +236,9 @@ WHERE_IT_STOPS = """### Where it stops, and why
   and latency, which the bound leaves out, comes on top: every update waits for a sum over all
   chips. More rows a chip are the remedy.
 - PPO on 8B keeps matrices in parts over fsdp=8 and gathers them for every micro-batch, however many
-  groups of eight there are: bytes stay within 5 % of arithmetic from 64 to 1,024 chips and take a
+  groups of eight there are: bytes stay within 8 % of arithmetic from 64 to 1,024 chips and take a
   sixth of the time of the products. On eight chips alone the compiler makes a sum over all of them
-  out of every scattered gradient, which sends 20 % more. A quarter of all bytes are sums in the
+  out of every scattered gradient, which sends 23 % more. A quarter of all bytes are sums in the
   decode loop, for one token of each row. On v5litepod-64, where matrices are gathered for one row a
   chip instead of four, the interconnect binds.
 - Stable Diffusion on data alone: pairs are shuffled over all chips, and each chip gets its own as a

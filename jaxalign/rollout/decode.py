@@ -314,7 +314,7 @@ def score(
     with those kept, so its density is finite (see `ops.sampling.adjust`).
     """
     prompt = ids.shape[1] - length
-    if not 0 < prompt < ids.shape[1] or chunk == 0:
+    if not 0 < prompt < ids.shape[1] or (chunk is not None and chunk < 1):
         raise UserError(
             f"length {length} of {ids.shape[1]} slots, in chunks of {chunk}: there must be a slot "
             "left for the prompt, and at least 1 token in a chunk"

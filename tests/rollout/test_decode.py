@@ -441,7 +441,7 @@ def test_mistakes_are_named():
     assert "(6, 3)" in wrong(mask=mask[:, 1:])
     assert "prompt 2: its last slot" in wrong(mask=mask & (np.arange(ROWS) != 2)[:, None])
     assert "prompt 0: its last slot" in wrong(mask=mask[:, ::-1] & ~mask.all(1, keepdims=True))
-    for length, chunk in ((0, 4), (PROMPT + LENGTH, 4), (LENGTH, 0)):
+    for length, chunk in ((0, 4), (PROMPT + LENGTH, 4), (LENGTH, 0), (LENGTH, -1)):
         with pytest.raises(UserError, match=f"^length {length} of 13 slots, in chunks of {chunk}"):
             whole = np.pad(ids, ((0, 0), (0, LENGTH)))
             score(MODEL, params(), whole, whole > -1, length, Sampling(), chunk=chunk)
