@@ -299,9 +299,9 @@ def r3hf(config: Any, seeds: Sequence[int], mesh: Mesh, depth: int | None = None
 def _ppo_exchanged(config: Any, r3: r3hf_method.Config, sizes: Any, mesh: Mesh) -> tuple:
     """Bytes that each device has to send in PPO of a model like Llama: sampling, and learning.
 
-    A pass over whole texts gathers every matrix in bfloat16, and again backwards; the gradient is
-    scattered. The head is gathered in f32 and its gradient summed over all devices. A decode step
-    sums what the rows of an `fsdp` group get from each part, and exchanges their logits.
+    All in bfloat16: a pass over whole texts gathers every matrix, and again backwards; the gradient
+    is scattered. The head is gathered once and its gradient summed over all devices. A decode step
+    sums what the rows of an `fsdp` group get from each part, and exchanges their logits, in f32.
     """
     if not isinstance(sizes, llama.Config) or r3.algorithm != "ppo" or r3.lora_rank:
         return None, None
@@ -310,7 +310,7 @@ def _ppo_exchanged(config: Any, r3: r3hf_method.Config, sizes: Any, mesh: Mesh) 
     inward = sizes.head_dim * (sizes.heads + 2 * sizes.kv_heads) + 2 * sizes.inner
     outward = sizes.head_dim * sizes.heads + sizes.inner
     matrices = 2 * sizes.depth * sizes.width * (inward + outward)
-    head = 4 * sizes.vocabulary * sizes.width
+    head = 2 * sizes.vocabulary * sizes.width
     rows = r3.rollouts // groups
     step = sizes.depth * sum_over(parts, 2 * rows * inward)
     step += share * 4 * rows * sizes.vocabulary / parts
